@@ -1,0 +1,51 @@
+# Every target installs what it needs into $(VENV); `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LOG ?= examples/shop/events.ndjson
+EXTRAS := operator tracing embedded docs dev
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test faults lint format lock bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## a virtual environment from the hashed locks
+
+$(VENV)/.installed: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --require-hashes -r requirements/dev.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: install ## append a log over HTTP to a real MongoDB and show the read models; LOG=FILE for another log
+	$(BIN)/python -m examples.demo $(LOG)
+
+test: install ## unit, integration, acceptance, chart and rules tests (under 10 minutes)
+	$(BIN)/pytest -m "not faults and not e2e"
+
+faults: install ## the long fault-injection suites
+	$(BIN)/pytest -m faults
+
+lint: install ## format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## apply format and safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: install ## write requirements/*.txt anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 pyproject.toml -o requirements/base.txt
+	for extra in $(EXTRAS); do \
+	  $(BIN)/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --extra $$extra pyproject.toml -o requirements/$$extra.txt || exit 1; \
+	done
+
+bench: install ## the benchmarks, each beside its peers on the same mongod
+	$(BIN)/python -m bench
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
