@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOG ?= examples/shop/events.ndjson
-EXTRAS := operator tracing embedded docs dev
+EXTRAS := operator tracing image embedded docs dev
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test faults lint format lock bench clean
@@ -43,6 +43,8 @@ lock: install ## write requirements/*.txt anew from pyproject.toml
 	for extra in $(EXTRAS); do \
 	  $(BIN)/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --extra $$extra pyproject.toml -o requirements/$$extra.txt || exit 1; \
 	done
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	  | $(BIN)/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 - -o requirements/build.txt
 
 bench: install ## the benchmarks, each beside its peers on the same mongod
 	$(BIN)/python -m bench
