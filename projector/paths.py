@@ -1,7 +1,8 @@
 """References to fields of an event (`$timestamp`, `$payload.org:group`), compiled to getters.
 
 A reference means what a field path means in MongoDB's aggregation language: through an array it collects from each
-document in it, a number is a field name (never an index), and a field that is not there is *missing*, which null is not.
+document in it, a number is a field name (never an index), and a field that is not there is *missing*, which is not the
+same as null.
 """
 
 from __future__ import annotations
