@@ -23,8 +23,6 @@ from projector.projection import AGGREGATE_ID, COLLECTION_PATTERN, NAME_PATTERN,
 from projector.update import Update, compile_update
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from projector.handlers import Fold
     from projector.targets import Path
 
@@ -69,11 +67,14 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ]
 
 
-def from_definition(definition: Mapping[str, Any]) -> Projection:
+def from_definition(definition: Any) -> Projection:
     """Compiles a declared projection, as YAML, JSON or MongoDB hold it.
 
-    Raises ProjectionError: `permits: on["Confirmation of receipt"].$inc.steps: 'one' must be a number`.
+    `definition` is a dict, and is not changed. Raises ProjectionError, for example
+    `permits: on["Confirmation of receipt"].$inc.steps: 'one' must be a number`.
     """
+    if not isinstance(definition, dict):
+        raise ProjectionError(f"a projection must be a mapping, not {definition!r:.40}")
     name = definition.get("name")
     prefix = f"{name}: " if isinstance(name, str) else ""
     try:
@@ -82,7 +83,7 @@ def from_definition(definition: Mapping[str, Any]) -> Projection:
         raise ProjectionError(f"{prefix}{error}") from error
 
 
-def _compiled(definition: Mapping[str, Any]) -> Projection:
+def _compiled(definition: dict[Any, Any]) -> Projection:
     model = _model(definition)
     where = model.read_model
     folds: list[tuple[str, Fold]] = []
@@ -114,7 +115,7 @@ def _compiled(definition: Mapping[str, Any]) -> Projection:
             "key": where.key,
             "indexes": [msgspec.to_builtins(index) for index in where.indexes],
         },
-        "on": copy.deepcopy(dict(definition["on"])),
+        "on": copy.deepcopy(definition["on"]),
     }
     return projection
 
@@ -123,7 +124,7 @@ def _place(event_name: str) -> str:
     return f'on["{event_name}"]'
 
 
-def _model(definition: Mapping[str, Any]) -> Definition:
+def _model(definition: dict[Any, Any]) -> Definition:
     """The definition in its model. Raises ProjectionError."""
     updates = definition.get("on")
     if updates is None and (True in definition or "true" in definition):
@@ -131,7 +132,7 @@ def _model(definition: Mapping[str, Any]) -> Definition:
     for event_name, update in updates.items() if isinstance(updates, dict) else ():
         # One by one, because msgspec does not say which key of a dict it was at.
         _convert(update, Update, _place(event_name))
-    return _convert(dict(definition), Definition, "")
+    return _convert(definition, Definition, "")
 
 
 _AT: Final = re.compile(r"(?s)(?P<problem>.*?)(?: - at `\$\.?(?P<path>.*)`)?")

@@ -1,13 +1,12 @@
 """Projections from where they lie: a folder of YAML (a ConfigMap), Python modules.
 
-The YAML is that of the JSON schema (YAML 1.2's core): `on`, `yes` and dates are texts, a key that stands twice is refused.
+The YAML is that of YAML 1.2's JSON schema: `on`, `yes` and dates are texts, and a key that stands twice is refused.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import yaml
@@ -18,6 +17,7 @@ from projector.projection import Projection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 __all__ = ["distinct", "load_file", "load_folder", "load_modules"]
 
@@ -38,18 +38,11 @@ def load_folder(folder: Path) -> list[Projection]:
 
 def load_file(file: Path) -> list[Projection]:
     """The projections of one YAML file. Raises ProjectionError, which names the file."""
-    projections = []
     try:
-        documents = list(yaml.load_all(file.read_text(), Loader=_Loader))
-        for number, document in enumerate(documents, start=1):
-            if document is None:
-                continue
-            if not isinstance(document, dict):
-                raise ProjectionError(f"document {number}: it must be a mapping, not {type(document).__name__}")
-            projections.append(from_definition(document))
+        documents = yaml.load_all(file.read_text(), Loader=_Loader)
+        return [from_definition(document) for document in documents if document is not None]
     except (ProjectionError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ProjectionError(f"{file}: {error}") from error
-    return projections
 
 
 def load_modules(names: Sequence[str]) -> list[Projection]:
@@ -82,7 +75,7 @@ def distinct(projections: Iterable[Projection]) -> list[Projection]:
                 raise ProjectionError(f"there are two projections {projection.name!r}")
             if projection.collection == other.collection:
                 raise ProjectionError(
-                    f"the projections {other.name!r} and {projection.name!r} share the read model {projection.collection!r}"
+                    f"the projections {other.name!r} and {projection.name!r} share a read model, {projection.collection!r}"
                 )
         kept.append(projection)
     return kept
