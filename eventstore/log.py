@@ -12,12 +12,12 @@ from pymongo import ASCENDING, DESCENDING
 from eventstore.event import EVENTS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
     from eventstore.client import Database
     from eventstore.event import EventDocument
 
-__all__ = ["events_by_id", "head", "heads", "history", "pages"]
+__all__ = ["all_heads", "events_after", "events_by_id", "head", "heads", "history", "pages"]
 
 PAGE: Final = 1_000
 """Events read at once: at 1 KiB an event a page is 1 MiB, far from any limit, and the round trip is paid for."""
@@ -33,10 +33,13 @@ async def head(database: Database, aggregate_id: str) -> int:
     return int(found["sequenceNo"]) if found else 0
 
 
-async def heads(database: Database, aggregate_ids: Sequence[str]) -> dict[str, int]:
+async def heads(
+    database: Database, aggregate_ids: Sequence[str], session: AsyncClientSession | None = None
+) -> dict[str, int]:
     """The last sequenceNo of each of these aggregates, by one command; an aggregate without events is left out.
 
-    The server answers from the index alone, one seek per aggregate (DISTINCT_SCAN).
+    The server answers from the index alone, one seek per aggregate (DISTINCT_SCAN). In a transaction (`session`) it also
+    sees what a majority has not got yet: good to write on top of within the same transaction, and for nothing else.
     """
     if not aggregate_ids:
         return {}
@@ -47,8 +50,51 @@ async def heads(database: Database, aggregate_ids: Sequence[str]) -> dict[str, i
             {"$group": {"_id": "$aggregateId", "head": {"$first": "$sequenceNo"}}},
         ],
         batchSize=len(aggregate_ids) + 1,
+        session=session,
     )
     return {row["_id"]: int(row["head"]) async for row in cursor}
+
+
+async def all_heads(
+    database: Database, *, below: str | None = None, from_: str | None = None
+) -> AsyncIterator[tuple[str, int]]:
+    """Every aggregate with its last sequenceNo, by descending aggregateId; `below` and `from_` bound the ids.
+
+    The server seeks from aggregate to aggregate in the index (DISTINCT_SCAN), which it does in descending order alone.
+    Raises RuntimeError if the server ever answered in another order, since callers merge by it.
+    """
+    bounds = ({"$lt": below} if below is not None else {}) | ({"$gte": from_} if from_ is not None else {})
+    cursor = await database[EVENTS].aggregate(
+        [
+            {"$match": {"aggregateId": bounds or {"$type": "string"}}},
+            {"$sort": {"aggregateId": DESCENDING, "sequenceNo": DESCENDING}},
+            {"$group": {"_id": "$aggregateId", "head": {"$first": "$sequenceNo"}}},
+        ],
+        batchSize=10_000,
+    )
+    before: str | None = None
+    async for row in cursor:
+        if before is not None and row["_id"] >= before:
+            raise RuntimeError("heads came out of order")
+        before = row["_id"]
+        yield before, int(row["head"])
+
+
+async def events_after(
+    database: Database, marks: Mapping[str, int], *, limit: int, projection: Iterable[str] | None = None
+) -> list[EventDocument]:
+    """Up to `limit` events of several aggregates, each above its mark, ordered by aggregate and sequenceNo."""
+    if not marks:
+        return []
+    above = [{"aggregateId": aggregate_id, "sequenceNo": {"$gt": mark}} for aggregate_id, mark in marks.items()]
+    cursor = (
+        database[EVENTS]
+        .find({"$or": above}, list(projection) if projection is not None else None)
+        .sort([("aggregateId", ASCENDING), ("sequenceNo", ASCENDING)])
+        .limit(limit)
+    )
+    found: list[Any] = await cursor.to_list(limit)
+    return found
 
 
 async def history(
@@ -60,17 +106,23 @@ async def history(
     projection: Iterable[str] | None = None,
 ) -> list[EventDocument]:
     """Up to `limit` events of an aggregate with a sequenceNo above `after`, in order."""
-    cursor = (
+    cursor = find_history(database, aggregate_id, after=after, projection=projection).limit(limit)
+    found: list[Any] = await cursor.to_list(limit)
+    return found
+
+
+def find_history(
+    database: Database, aggregate_id: str, *, after: int = 0, projection: Iterable[str] | None = None
+) -> AsyncCursor[dict[str, Any]]:
+    """A cursor over the events of an aggregate with a sequenceNo above `after`, in order."""
+    return (
         database[EVENTS]
         .find(
             {"aggregateId": aggregate_id, "sequenceNo": {"$gt": after}},
             list(projection) if projection is not None else None,
         )
         .sort([("aggregateId", ASCENDING), ("sequenceNo", ASCENDING)])
-        .limit(limit)
     )
-    found: list[Any] = await cursor.to_list(limit)
-    return found
 
 
 async def pages(
@@ -95,6 +147,21 @@ async def events_by_id(database: Database, event_ids: Sequence[str]) -> dict[str
     """The events that have these eventIds, by eventId; one that a majority has not got yet is left out."""
     if not event_ids:
         return {}
-    cursor = database[EVENTS].find({"_id": {"$in": list(event_ids)}})
-    found: list[Any] = await cursor.to_list(len(event_ids))
+    found: list[Any] = await find_by_id(database, event_ids).to_list(len(event_ids))
     return {event["_id"]: event for event in found}
+
+
+def find_by_id(database: Database, event_ids: Sequence[str]) -> AsyncCursor[dict[str, Any]]:
+    """A cursor over the events that have these eventIds, for when they may be too many to hold at once."""
+    return database[EVENTS].find({"_id": {"$in": list(event_ids)}})
+
+
+async def fence(database: Database) -> None:
+    """Returns once the server that answers reads has proved to a majority that it is the primary now.
+
+    A primary that was cut off does not know for a while that another was elected, and serves reads of the past: a read
+    after this call returns everything that was acknowledged before it. It costs a write of the oplog (linearizable read
+    concern). Raises what pymongo raises.
+    """
+    collection = database.get_collection(EVENTS, read_concern=ReadConcern("linearizable"))
+    await collection.find_one({"_id": ""}, {"_id": 1}, max_time_ms=5_000)

@@ -1,0 +1,191 @@
+"""What one transaction of a partition writes, and how a folder of events hands it over.
+
+A folder keeps the marks of the aggregates it has seen (and, where that is safe, their documents), folds accepted events, and
+from time to time is asked to `take` what has come together. There are two: `projector.owned` for documents that only this
+partition writes, `projector.shared` for documents that several may write.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from bson.raw_bson import RawBSONDocument
+    from pymongo.asynchronous.client_session import AsyncClientSession
+
+    from eventstore.client import Database
+    from projector.projection import Event
+
+__all__ = ["Changes", "DocumentWrites", "EventFailedError", "Failure", "Folder", "Outcome", "Tally", "write_documents"]
+
+COMMAND_BYTES: Final = 12 * 2**20
+"""Documents of one command: below the 16 MiB that MongoDB allows for it, with room for keys and session."""
+
+
+class Failure(NamedTuple):
+    """An event that could not be applied: which, in what step (`fold`, `write`, `gap`, `reset`), and why in words."""
+
+    aggregate_id: str
+    sequence_no: int
+    event_id: str | None
+    event_name: str | None
+    category: str
+    reason: str
+
+    @classmethod
+    def of(cls, event: Event, category: str, error: BaseException | str) -> Failure:
+        """The failure of one event. The reason is cut, since an error may carry a whole document."""
+        reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        return cls(
+            event["aggregateId"],
+            int(event["sequenceNo"]),
+            event.get("_id"),
+            event["eventName"],
+            category,
+            reason[:1_000],
+        )
+
+
+class EventFailedError(Exception):
+    """Raised inside the transaction for the event that stands in its way."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+@dataclass(slots=True)
+class Tally:
+    """How many events met which fate."""
+
+    applied: int = 0
+    unhandled: int = 0
+    duplicate: int = 0
+    aside: int = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What folding a batch found: aggregates with a gap before this sequenceNo, failed events, the last sequenceNo of each
+    aggregate that was passed over because it is aside, and counts."""
+
+    gaps: dict[str, int] = field(default_factory=dict)
+    passed: dict[str, int] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(slots=True)
+class DocumentWrites:
+    """Writes to one collection, encoded, each with the aggregate that it comes from."""
+
+    inserts: list[RawBSONDocument] = field(default_factory=list)
+    inserted_by: list[str] = field(default_factory=list)
+    replaces: list[tuple[Any, RawBSONDocument]] = field(default_factory=list)
+    replaced_by: list[str] = field(default_factory=list)
+    deletes: list[Any] = field(default_factory=list)
+    marks: dict[str, int] = field(default_factory=dict)
+
+
+class Changes(abc.ABC):
+    """Changes of a number of aggregates, written by one transaction."""
+
+    events: int
+
+    @property
+    @abc.abstractmethod
+    def aggregates(self) -> Collection[str]:
+        """The aggregates that it changes."""
+
+    @abc.abstractmethod
+    async def write(self, session: AsyncClientSession) -> None:
+        """Writes them within the transaction. Raises EventFailedError for an event that cannot be written."""
+
+    @abc.abstractmethod
+    def without(self, aggregate_id: str) -> Changes:
+        """The same without one aggregate."""
+
+
+class Folder(abc.ABC):
+    """Order check and fold of one partition's events, in memory."""
+
+    @abc.abstractmethod
+    async def load(self, aggregate_ids: Collection[str]) -> None:
+        """Brings the marks (and documents) of aggregates into memory that are not there."""
+
+    @abc.abstractmethod
+    def missing(self, events: Sequence[Event]) -> set[str]:
+        """The aggregates of these events that are not in memory."""
+
+    @abc.abstractmethod
+    def fold(self, events: Sequence[Event], aside: Collection[str]) -> Outcome:
+        """Checks the order and folds; every aggregate must be in memory. Aggregates in `aside` are passed over."""
+
+    @abc.abstractmethod
+    def mark(self, aggregate_id: str) -> int:
+        """The mark of an aggregate in memory."""
+
+    @abc.abstractmethod
+    def skip(self, aggregate_id: str, sequence_no: int) -> None:
+        """Moves the mark over an event that shall not be applied."""
+
+    @abc.abstractmethod
+    def discard(self, aggregate_id: str) -> None:
+        """Forgets an aggregate and all its changes that were not taken yet."""
+
+    @property
+    @abc.abstractmethod
+    def pending(self) -> int:
+        """Events whose changes wait to be taken."""
+
+    @abc.abstractmethod
+    def take(self) -> tuple[Changes, list[Failure]]:
+        """Hands over all changes since the last time, and the failures of those that cannot be stored."""
+
+
+async def write_documents(
+    database: Database, collection: str, marks: str, writes: DocumentWrites, session: AsyncClientSession
+) -> None:
+    """Carries writes out within the transaction of `session`. Raises EventFailedError naming the aggregate of a refusal."""
+    for start, end in _chunks([len(document.raw) for document in writes.inserts]):
+        command = {"insert": collection, "documents": writes.inserts[start:end], "ordered": False}
+        await _run(database, command, session, writes.inserted_by[start:end])
+    for start, end in _chunks([len(document.raw) for _, document in writes.replaces]):
+        updates = [{"q": {"_id": key}, "u": document, "upsert": True} for key, document in writes.replaces[start:end]]
+        command = {"update": collection, "updates": updates, "ordered": False}
+        await _run(database, command, session, writes.replaced_by[start:end])
+    if writes.deletes:
+        await database[collection].delete_many({"_id": {"$in": writes.deletes}}, session=session)
+    if writes.marks:
+        updates = [
+            {"q": {"_id": aggregate_id}, "u": {"$max": {"mark": mark}}, "upsert": True}
+            for aggregate_id, mark in writes.marks.items()
+        ]
+        await _run(database, {"update": marks, "updates": updates, "ordered": False}, session, list(writes.marks))
+
+
+def _chunks(sizes: list[int]) -> list[tuple[int, int]]:
+    """Ranges of documents that fit into a command."""
+    chunks: list[tuple[int, int]] = []
+    start = total = 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > COMMAND_BYTES:
+            chunks.append((start, index))
+            start, total = index, 0
+        total += size
+    if len(sizes) > start:
+        chunks.append((start, len(sizes)))
+    return chunks
+
+
+async def _run(database: Database, command: dict[str, Any], session: AsyncClientSession, authors: list[str]) -> None:
+    """Runs a write command as it is: pymongo's bulk API costs twice the time for the same bytes (bench/README.md)."""
+    reply = await database.command(command, session=session)
+    if errors := reply.get("writeErrors"):
+        first = errors[0]
+        reason = f"MongoDB refused the document: {first.get('errmsg', first.get('code'))}"[:1_000]
+        raise EventFailedError(Failure(authors[first["index"]], 0, None, None, "write", reason))

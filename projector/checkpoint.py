@@ -1,0 +1,123 @@
+"""Checkpoints: where each partition of a build resumes, and the fence that keeps a stale owner's writes out.
+
+Every write of a partition, documents and marks and all, is one transaction with the update of its checkpoint, which names
+the owner's epoch. Whoever takes over raises the epoch first (Occurrent ADR 0116, 0117): from then on the former owner's
+update matches nothing and its transaction ends without a trace. Epochs never go back, not by a release and not by a
+change of the number of partitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from pymongo import ReturnDocument
+
+from eventstore.event import SLOTS
+from projector.position import Position
+
+if TYPE_CHECKING:
+    from pymongo.asynchronous.client_session import AsyncClientSession
+
+    from eventstore.client import Database
+
+__all__ = ["CHECKPOINTS", "Checkpoint", "FencedError", "PartitionId", "ensure_layout", "layout_of"]
+
+CHECKPOINTS: Final = "projector.checkpoints"
+
+
+class FencedError(Exception):
+    """Another owner has taken the partition, or its layout is gone: nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionId:
+    """Partition `number` of `count` of a build."""
+
+    build: str
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.build}/{self.number}-of-{self.count}"
+
+    @property
+    def slots(self) -> range:
+        """The slots that it reads."""
+        return range(self.number * SLOTS // self.count, (self.number + 1) * SLOTS // self.count)
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A partition's position, as its owner of this epoch may move it."""
+
+    database: Database
+    partition: PartitionId
+    epoch: int
+    position: Position
+
+    @classmethod
+    async def take(cls, database: Database, partition: PartitionId, owner: str) -> Checkpoint:
+        """Raises the epoch, which fences every former owner, and reads the position. Raises FencedError without one."""
+        found = await database[CHECKPOINTS].find_one_and_update(
+            {"_id": str(partition)},
+            [{"$set": {"epoch": {"$add": ["$epoch", 1]}, "owner": owner, "takenAt": "$$NOW"}}],
+            return_document=ReturnDocument.AFTER,
+        )
+        if found is None:
+            raise FencedError(f"{partition} is no longer in the layout of its build")
+        return cls(database, partition, int(found["epoch"]), Position.load(found))
+
+    async def move(self, position: Position, session: AsyncClientSession | None = None) -> None:
+        """Moves it, within the transaction of `session` where there is one. Raises FencedError."""
+        result = await self.database[CHECKPOINTS].update_one(
+            {"_id": str(self.partition), "epoch": self.epoch},
+            [{"$set": {**_literal(position), "updatedAt": "$$NOW"}}],
+            session=session,
+        )
+        if not result.matched_count:
+            raise FencedError(f"{self.partition} has another owner")
+        self.position = position
+
+
+def _literal(position: Position) -> dict[str, Any]:
+    """The fields of a position for an update pipeline, in which a text with `$` would be a reference."""
+    return {key: {"$literal": value} for key, value in position.dump().items()}
+
+
+async def layout_of(database: Database, build: str) -> list[dict[str, Any]]:
+    """All checkpoints of a build (at most 64 partitions)."""
+    return await database[CHECKPOINTS].find({"build": build}).to_list(1_000)
+
+
+async def ensure_layout(database: Database, build: str, count: int, start: Position | None = None) -> bool:
+    """Makes `count` partitions the layout of a build; True when it had another one, or none.
+
+    A new layout resumes from the oldest position of the one before: what the others had applied already, the marks tell.
+    Its owners are fenced by the same transaction. A build without checkpoints begins at `start`; without it nothing is made.
+    """
+
+    async def change(session: AsyncClientSession) -> bool:
+        present = await database[CHECKPOINTS].find({"build": build}, session=session).to_list(1_000)
+        if len(present) == count and all(found["partitions"] == count for found in present):
+            return False
+        if present:
+            oldest = min((Position.load(found) for found in present), key=lambda position: position.cluster_time)
+            await database[CHECKPOINTS].delete_many({"build": build}, session=session)
+        elif start is not None:
+            oldest = start
+        else:
+            return False
+        epoch = max((int(found["epoch"]) for found in present), default=0)
+        await database[CHECKPOINTS].insert_many(
+            [
+                {"_id": str(PartitionId(build, number, count)), "build": build, "partitions": count, "epoch": epoch}
+                | oldest.dump()
+                for number in range(count)
+            ],
+            session=session,
+        )
+        return True
+
+    async with database.client.start_session() as session:
+        return await session.with_transaction(change)

@@ -1,0 +1,231 @@
+"""Folding documents that only this partition writes: those keyed by the aggregate.
+
+The lease makes the partition their only writer, so they may be kept in memory between batches; the mark lies in the document
+(`_mark`), and is written with it for nothing. A deleted document leaves its mark in the marks collection.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import bson
+from bson.int64 import Int64
+from bson.raw_bson import RawBSONDocument
+
+from projector.changes import Changes, DocumentWrites, Failure, Folder, Outcome, write_documents
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from pymongo.asynchronous.client_session import AsyncClientSession
+
+    from eventstore.client import Database
+    from projector.build import Build
+    from projector.projection import Event, State
+
+__all__ = ["MARK", "OwnedFolder"]
+
+MARK: Final = "_mark"
+
+CACHED_AGGREGATES: Final = 50_000
+CACHED_BYTES: Final = 64 * 2**20
+"""Bounds of a generation of the cache (there are two). A miss costs a share of one `find` for the whole batch, so a small cache
+is the cheaper mistake than a killed pod."""
+
+
+class _Entry:
+    """An aggregate in memory: its mark, its document, whether MongoDB has that document, and its last encoded size."""
+
+    __slots__ = ("event", "mark", "size", "state", "stored")
+
+    def __init__(self, mark: int, state: State | None, *, stored: bool) -> None:
+        self.mark = mark
+        self.state = state
+        self.stored = stored
+        self.size = 0
+        self.event: Event | None = None  # the last one applied, to name it when the document cannot be stored
+
+
+class _OwnedChanges(Changes):
+    def __init__(
+        self, database: Database, build: Build, writes: DocumentWrites, aggregates: set[str], events: int
+    ) -> None:
+        self._database = database
+        self._build = build
+        self._writes = writes
+        self._aggregates = aggregates
+        self.events = events
+
+    @property
+    def aggregates(self) -> Collection[str]:
+        return self._aggregates
+
+    async def write(self, session: AsyncClientSession) -> None:
+        await write_documents(self._database, self._build.collection, self._build.marks, self._writes, session)
+
+    def without(self, aggregate_id: str) -> Changes:
+        old, new = self._writes, DocumentWrites()
+        for document, author in zip(old.inserts, old.inserted_by, strict=True):
+            if author != aggregate_id:
+                new.inserts.append(document)
+                new.inserted_by.append(author)
+        for replace, author in zip(old.replaces, old.replaced_by, strict=True):
+            if author != aggregate_id:
+                new.replaces.append(replace)
+                new.replaced_by.append(author)
+        new.deletes = [key for key in old.deletes if key != aggregate_id]
+        new.marks = {key: mark for key, mark in old.marks.items() if key != aggregate_id}
+        return _OwnedChanges(self._database, self._build, new, self._aggregates - {aggregate_id}, self.events)
+
+
+class OwnedFolder(Folder):
+    """See the module. The cache has two generations: what was not touched for a whole one is dropped with the older."""
+
+    def __init__(self, database: Database, build: Build) -> None:
+        self._database = database
+        self._build = build
+        self._projection = build.projection
+        self._young: dict[str, _Entry] = {}
+        self._old: dict[str, _Entry] = {}
+        self._dirty: dict[str, _Entry] = {}
+        self._in_flight: dict[str, _Entry] = {}
+        self._bytes = 0
+        self._pending = 0
+
+    @property
+    def pending(self) -> int:
+        return self._pending
+
+    def missing(self, events: Sequence[Event]) -> set[str]:
+        young, old = self._young, self._old
+        ids = {event["aggregateId"] for event in events}
+        missing = ids.difference(young)
+        for aggregate_id in [found for found in missing if found in old]:
+            young[aggregate_id] = old.pop(aggregate_id)
+            missing.discard(aggregate_id)
+        return missing
+
+    async def load(self, aggregate_ids: Collection[str]) -> None:
+        wanted = [found for found in aggregate_ids if found not in self._young]
+        if not wanted:
+            return
+        self._make_room()
+        collection = self._database[self._build.collection]
+        found: list[dict[str, Any]] = await collection.find({"_id": {"$in": wanted}}).to_list(len(wanted))
+        young = self._young
+        for document in found:
+            mark = int(document.pop(MARK, 0))
+            young[document["_id"]] = _Entry(mark, document, stored=True)
+        if len(found) == len(wanted):
+            return
+        absent = [aggregate_id for aggregate_id in wanted if aggregate_id not in young]
+        rows = await self._database[self._build.marks].find({"_id": {"$in": absent}}).to_list(len(absent))
+        marks = {row["_id"]: int(row["mark"]) for row in rows}
+        for aggregate_id in absent:
+            young[aggregate_id] = _Entry(marks.get(aggregate_id, 0), None, stored=False)
+
+    def _make_room(self) -> None:
+        """Begins a new generation when this one is full; what is being written or waits for it stays."""
+        if len(self._young) < CACHED_AGGREGATES and self._bytes < CACHED_BYTES:
+            return
+        self._old = self._young
+        self._young = self._in_flight | self._dirty
+        self._bytes = sum(entry.size for entry in self._young.values())
+
+    def fold(self, events: Sequence[Event], aside: Collection[str]) -> Outcome:
+        outcome = Outcome()
+        gaps, passed = outcome.gaps, outcome.passed
+        handles, apply = self._projection.handles, self._projection.apply
+        young, dirty = self._young, self._dirty
+        applied = unhandled = duplicate = 0
+        for event in events:
+            aggregate_id = event["aggregateId"]
+            if aggregate_id in passed or aggregate_id in aside:
+                passed[aggregate_id] = event["sequenceNo"]
+                continue
+            entry = young[aggregate_id]
+            sequence_no = event["sequenceNo"]
+            ahead = sequence_no - entry.mark
+            if ahead == 1:
+                if handles(event["eventName"]):
+                    try:
+                        entry.state = apply(aggregate_id, entry.state, event)
+                    except Exception as error:  # noqa: BLE001 - a handler may raise anything: its aggregate is set aside
+                        outcome.failures.append(Failure.of(event, "fold", error))
+                        passed[aggregate_id] = sequence_no
+                        continue
+                    entry.event = event
+                    dirty[aggregate_id] = entry
+                    applied += 1
+                else:
+                    unhandled += 1
+                entry.mark = sequence_no
+            elif ahead > 1:
+                gaps[aggregate_id] = passed[aggregate_id] = sequence_no
+            else:
+                duplicate += 1
+        tally = outcome.tally
+        tally.applied, tally.unhandled, tally.duplicate = applied, unhandled, duplicate
+        tally.aside = len(events) - applied - unhandled - duplicate
+        self._pending += applied
+        return outcome
+
+    def mark(self, aggregate_id: str) -> int:
+        return self._young[aggregate_id].mark
+
+    def skip(self, aggregate_id: str, sequence_no: int) -> None:
+        entry = self._young[aggregate_id]
+        entry.mark = sequence_no
+        self._dirty[aggregate_id] = entry
+        self._pending += 1
+
+    def discard(self, aggregate_id: str) -> None:
+        self._young.pop(aggregate_id, None)
+        self._old.pop(aggregate_id, None)
+        self._dirty.pop(aggregate_id, None)
+        self._in_flight.pop(aggregate_id, None)
+
+    def take(self) -> tuple[Changes, list[Failure]]:
+        writes = DocumentWrites()
+        failures: list[Failure] = []
+        dirty, self._dirty = self._dirty, {}
+        events, self._pending = self._pending, 0
+        encode = bson.encode
+        for aggregate_id, entry in dirty.items():
+            state = entry.state
+            if state is None:
+                if entry.stored:
+                    writes.deletes.append(aggregate_id)
+                    entry.stored = False
+                writes.marks[aggregate_id] = Int64(entry.mark)
+                continue
+            whole = {"_id": aggregate_id, MARK: Int64(entry.mark)}
+            whole.update(state)
+            whole["_id"] = aggregate_id  # a handler may have put anything there
+            try:
+                # Encoded now, since folding goes on in the same document while this is being written.
+                document = RawBSONDocument(encode(whole))
+            except Exception as error:  # noqa: BLE001 - whatever cannot be BSON: an int beyond int64, an unknown type
+                failures.append(_cannot_store(aggregate_id, entry, error))
+                continue
+            entry.event = None
+            self._bytes += len(document.raw) - entry.size
+            entry.size = len(document.raw)
+            if entry.stored:
+                writes.replaces.append((aggregate_id, document))
+                writes.replaced_by.append(aggregate_id)
+            else:
+                entry.stored = True
+                writes.inserts.append(document)
+                writes.inserted_by.append(aggregate_id)
+        for failure in failures:
+            del dirty[failure.aggregate_id]
+            self.discard(failure.aggregate_id)
+        self._in_flight = dirty
+        return _OwnedChanges(self._database, self._build, writes, set(dirty), events), failures
+
+
+def _cannot_store(aggregate_id: str, entry: _Entry, error: Exception) -> Failure:
+    if entry.event is not None:
+        return Failure.of(entry.event, "write", error)
+    return Failure(aggregate_id, entry.mark, None, None, "write", f"{type(error).__name__}: {error}"[:1_000])

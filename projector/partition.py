@@ -1,0 +1,389 @@
+"""One partition of a build: the loop that keeps its read model current, in order and exactly once.
+
+    read ahead ──> load marks and documents ──> check order, fold ──> one transaction: documents + marks + checkpoint
+         (EventStream)        (Folder.load)        (Folder.fold)              (Partition._write_loop)
+
+Reading, folding and writing go on at the same time, each a step ahead of the next. Memory is ahead of MongoDB by what waits for
+the writer (bounded) and nothing else, so that after any failure the partition simply begins again from its checkpoint:
+what was applied already, the marks tell.
+
+The position is moved only when a whole batch has been folded, healed and set aside; the marks may be ahead of it, never behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import pymongo
+import structlog
+
+from eventstore.errors import Meaning, classify
+from projector.aside import Aside, StoppedError
+from projector.changes import Changes, EventFailedError
+from projector.checkpoint import Checkpoint, FencedError, PartitionId
+from projector.owned import OwnedFolder
+from projector.repair import repair
+from projector.shared import SharedFolder
+from projector.stream import EventStream, PositionLostError
+
+if TYPE_CHECKING:
+    from pymongo.asynchronous.client_session import AsyncClientSession
+
+    from eventstore.client import Database
+    from projector.build import Build
+    from projector.changes import Failure, Folder
+    from projector.metrics import Metrics
+    from projector.position import Position
+    from projector.settings import ProjectorSettings
+    from projector.stream import Batch
+
+__all__ = ["OwnSource", "Partition", "Progress", "Source", "Surroundings"]
+
+PENDING_EVENTS: Final = 10_000
+"""Folded events that may wait for the writer. Two batches: one more than it needs to never wait for the reader."""
+
+IDLE_CHECKPOINT_SECONDS: Final = 10.0
+"""How often a quiet partition writes its position down. Seldom enough to cost nothing (12 small updates a minute for 2
+partitions), often enough that no oplog is so short that its token ages out between two."""
+
+TICK_SECONDS: Final = 0.5
+"""How often a loop without events looks for what is due: retries, commands, idle checkpoints."""
+
+COMMAND_SECONDS: Final = 2.0
+"""How often the records of aggregates aside are read for commands (`parked retry`, `skip`): the wait of a person."""
+
+WRITE_SECONDS: Final = 60.0
+"""How long one transaction may take, with all its repetitions; MongoDB ends one after 60 s itself."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Source(Protocol):
+    """Where batches come from: a stream of one's own, or a share of the process's."""
+
+    async def get(self, timeout: float) -> Batch | None:
+        """The next batch, or None after `timeout` seconds. Raises PositionLostError and errors of pymongo."""
+
+    async def close(self) -> None:
+        """Ends it."""
+
+
+class Surroundings(Protocol):
+    """What a partition needs of the process around it."""
+
+    log: Database
+    database: Database
+    settings: ProjectorSettings
+    metrics: Metrics
+    owner: str
+
+    def source(self, build: Build, position: Position, slots: range) -> Source:
+        """Opens a source of batches from a position."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a partition is, for status and metrics."""
+
+    state: str = "catching_up"
+    caught_up: bool = False
+    position: Position | None = None
+    last_event_time: float = 0.0
+    heartbeat: float = field(default_factory=time.time)
+    error: str | None = None
+
+
+class Partition:
+    """Runs one partition until `stopping` is set or the partition is lost."""
+
+    def __init__(self, around: Surroundings, build: Build, partition: PartitionId) -> None:
+        self._around = around
+        self._metrics = around.metrics
+        self._build = build
+        self.id = partition
+        self._name = build.projection.name
+        self._log = _log.bind(projection=self._name, partition=str(partition))
+        self.progress = Progress()
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Asks the loop to end after it has written what it folded."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Until `stop`. Raises FencedError when another owner took over, StoppedError when a person is needed."""
+        pause = 0.1
+        while not self._stopping.is_set():
+            try:
+                checkpoint = await Checkpoint.take(self._around.database, self.id, self._around.owner)
+                await self._from(checkpoint)
+            except (FencedError, StoppedError):
+                raise
+            except PositionLostError as error:
+                self._restart("history_lost", error)
+                await self._repair(error)
+                pause = 0.1
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever it is, memory is void and the checkpoint is not
+                meaning = classify(error)
+                reason = "unexpected" if meaning is Meaning.UNEXPECTED else "unavailable"
+                self._restart(reason, error)
+                self.progress.state, self.progress.error = "waiting", type(error).__name__
+                await self._pause(pause)
+                pause = min(pause * 2, 5.0)
+
+    def _restart(self, reason: str, error: Exception) -> None:
+        self._metrics.restarts.labels(self._name, reason).inc()
+        log = self._log.exception if reason == "unexpected" else self._log.warning
+        log("partition_restarts", reason=reason, error=type(error).__name__, code=getattr(error, "code", None))
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    async def _repair(self, error: PositionLostError) -> None:
+        """Applies what the lost stream would have brought, from the log, and moves the checkpoint to a new token."""
+        self.progress.state, self.progress.caught_up = "repairing", False
+        checkpoint = await Checkpoint.take(self._around.database, self.id, self._around.owner)
+        loop = _Loop(self, checkpoint)
+        count = await repair(loop)
+        self._metrics.repaired.labels(self._name).inc(count)
+        self._log.warning("position_repaired", reason=error.reason, events=count)
+
+    async def _from(self, checkpoint: Checkpoint) -> None:
+        """The loop from a checkpoint until `stop` or an error."""
+        loop = _Loop(self, checkpoint)
+        self.progress.position = checkpoint.position
+        await loop.aside.reload()
+        source = self._around.source(self._build, checkpoint.position, self.id.slots)
+        try:
+            await loop.run(source)
+        finally:
+            await source.close()
+
+
+class _Loop:
+    """The memory of a partition between two fresh starts: folder, aggregates aside, position."""
+
+    def __init__(self, owner: Partition, checkpoint: Checkpoint) -> None:
+        around, build = owner._around, owner._build
+        self._owner = owner
+        self.log, self.database = around.log, around.database
+        self.build, self.partition = build, owner.id
+        self.metrics, self.settings = around.metrics, around.settings
+        self.checkpoint = checkpoint
+        self.position = checkpoint.position
+        folder_class = OwnedFolder if build.projection.aggregate_keyed else SharedFolder
+        self.folder: Folder = folder_class(around.database, build)
+        self.aside = Aside(self)
+        self.progress = owner.progress
+        self._stopping = owner._stopping
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._written_at = self._looked_at = time.monotonic()
+        self._newest: float | None = None
+        self.writing = asyncio.Lock()
+
+    async def run(self, source: Source) -> None:
+        """Reads and folds while the writer writes; ends after the last write."""
+        writer = asyncio.create_task(self._write_loop())
+        reader = asyncio.create_task(self._read_loop(source))
+        try:
+            await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+            reader.result()
+            await self._drain(writer)
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+
+    async def _drain(self, writer: asyncio.Task[None]) -> None:
+        """Writes what was folded, and the position, before the partition is given back."""
+        async with asyncio.timeout(self.settings.drain_seconds):
+            while self.dirty and not writer.done():
+                self._wake.set()
+                self._room.clear()
+                await self._room.wait()
+        if writer.done():
+            writer.result()
+        if self.position.cluster_time != self.checkpoint.position.cluster_time:
+            await self.checkpoint.move(self.position)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether anything waits to be written."""
+        return bool(self.folder.pending or self.aside.dirty)
+
+    # Reading and folding
+
+    async def _read_loop(self, source: Source) -> None:
+        while not self._stopping.is_set():
+            batch = await source.get(TICK_SECONDS)
+            self.progress.heartbeat = time.time()
+            if batch is not None:
+                await self.take(batch)
+            await self._look_for_due()
+
+    async def _look_for_due(self) -> None:
+        """Commands of people, aggregates whose next try is due, the checkpoint of a quiet partition."""
+        now = time.monotonic()
+        if now - self._looked_at >= COMMAND_SECONDS:
+            self._looked_at = now
+            await self.aside.reload()
+        if self.aside.due:
+            await self.aside.heal_due()
+        if self.dirty:
+            self._wake.set()
+        elif now - self._written_at > IDLE_CHECKPOINT_SECONDS:
+            await self._checkpoint_idle()
+
+    async def take(self, batch: Batch) -> None:
+        """Folds a batch, heals its gaps, sets failed aggregates aside, then moves the position."""
+        events = batch.events
+        if events:
+            await self._fold(events, light=batch.light)
+        if batch.last_event_time is not None:
+            self._newest = self.progress.last_event_time = batch.last_event_time.time
+        self.progress.caught_up = not events
+        self.progress.state = "live" if not events else self.progress.state
+        self.position = self.progress.position = batch.position
+        if self.dirty:
+            self._wake.set()
+        while self.folder.pending >= PENDING_EVENTS:
+            self._room.clear()
+            self._wake.set()
+            await self._room.wait()
+
+    async def _fold(self, events: list[dict[str, Any]], *, light: bool) -> None:
+        missing = self.folder.missing(events)
+        if missing:
+            await self.folder.load(missing)
+        started = time.perf_counter()
+        if light:  # the events came without payload: whatever is new of them must be read from the log
+            gaps = {
+                e["aggregateId"]: int(e["sequenceNo"]) for e in events if e["aggregateId"] not in self.aside.records
+            }
+            gaps = {name: last for name, last in gaps.items() if last > self.folder.mark(name)}
+            failures: list[Failure] = []
+        else:
+            outcome = self.folder.fold(events, self.aside.records)
+            self.aside.passed(outcome.passed)
+            gaps, failures, tally = outcome.gaps, outcome.failures, outcome.tally
+            self.count(applied=tally.applied, unhandled=tally.unhandled, aside=tally.aside, duplicate=tally.duplicate)
+            if tally.duplicate:
+                self.metrics.duplicates.labels(self.name).inc(tally.duplicate)
+        self.metrics.fold_seconds.labels(self.name).observe(time.perf_counter() - started)
+        for failure in failures:
+            self.aside.fail(failure)
+        if gaps:
+            self.metrics.gaps.labels(self.name).inc(len(gaps))
+            await self.aside.heal_gaps(gaps)
+
+    def count(self, **outcomes: int) -> None:
+        """Counts events by outcome."""
+        for outcome, number in outcomes.items():
+            if number:
+                self.metrics.events.labels(self.name, outcome).inc(number)
+
+    @property
+    def name(self) -> str:
+        """The projection's name, as a label."""
+        return self.build.projection.name
+
+    # Writing
+
+    async def _write_loop(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self.dirty:
+                await self.flush()
+            self._room.set()
+
+    async def flush(self) -> None:
+        """Writes what has come together, by one transaction; aggregates that stand in its way are set aside first."""
+        async with self.writing:
+            position, newest = self.position, self._newest
+            changes, failures = self.folder.take()
+            self._room.set()
+            for failure in failures:
+                self.aside.fail(failure)
+            started = time.perf_counter()
+            while True:
+                try:
+                    await self._transaction(changes, position)
+                    break
+                except EventFailedError as error:
+                    changes = self.aside.refuse(error.failure, changes)
+            self.metrics.write_seconds.labels(self.name).observe(time.perf_counter() - started)
+            self.metrics.write_events.labels(self.name).observe(changes.events)
+            self._written_at = time.monotonic()
+            if newest is not None:
+                self.metrics.last_applied.labels(self.name).set(newest)
+                self.metrics.delay_seconds.labels(self.name).observe(max(0.0, time.time() - newest))
+
+    async def _transaction(self, changes: Changes, position: Position) -> None:
+        parked = self.aside.snapshot()
+        runs = 0
+
+        async def write(session: AsyncClientSession) -> None:
+            nonlocal runs
+            runs += 1
+            await self.checkpoint.move(position, session)
+            await changes.write(session)
+            await parked.write(session)
+
+        with pymongo.timeout(WRITE_SECONDS):
+            async with self.database.client.start_session() as session:
+                await session.with_transaction(write)
+        parked.done()
+        if runs > 1:
+            self.metrics.conflicts.labels(self.name).inc(runs - 1)
+
+    async def _checkpoint_idle(self) -> None:
+        """Moves the checkpoint of a quiet partition, so that its token does not age out unseen; reads commands."""
+        async with self.writing:
+            if self.position.cluster_time != self.checkpoint.position.cluster_time:
+                await self.checkpoint.move(self.position)
+            self._written_at = time.monotonic()
+
+
+class OwnSource:
+    """A source that reads a change stream of its own, a few batches ahead."""
+
+    def __init__(self, stream: EventStream, ahead: int = 2) -> None:
+        self._stream = stream
+        self._queue: asyncio.Queue[Batch | BaseException] = asyncio.Queue(ahead)
+        self._task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                await self._queue.put(await self._stream.next())
+        except Exception as error:  # noqa: BLE001 - handed to whoever asks next
+            await self._queue.put(error)
+
+    async def get(self, timeout: float) -> Batch | None:
+        """The next batch, or None after `timeout` seconds; raises what the stream raised."""
+        try:
+            async with asyncio.timeout(timeout):
+                found = await self._queue.get()
+        except TimeoutError:
+            return None
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    async def close(self) -> None:
+        """Ends reading and gives the cursor back."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._stream.close()

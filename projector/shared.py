@@ -1,0 +1,187 @@
+"""Folding documents that several partitions may write: those keyed by anything but the aggregate.
+
+Events are only checked for their order here; the documents are read, folded and written within the transaction, so that two
+partitions that meet in a document cannot lose an update: one gets a WriteConflict and runs its batch again. Marks lie in
+a collection of their own, keyed by the aggregate; only this partition writes these, so they may be kept in memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import bson
+from bson.int64 import Int64
+from bson.raw_bson import RawBSONDocument
+
+from projector.changes import (
+    Changes,
+    DocumentWrites,
+    EventFailedError,
+    Failure,
+    Folder,
+    Outcome,
+    write_documents,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from pymongo.asynchronous.client_session import AsyncClientSession
+
+    from eventstore.client import Database
+    from projector.build import Build
+    from projector.projection import Event, State
+
+__all__ = ["SharedFolder"]
+
+CACHED_MARKS: Final = 100_000
+
+
+class _Accepted(NamedTuple):
+    """An event in its turn, with the documents that it goes to."""
+
+    event: Event
+    keys: tuple[Any, ...]
+
+
+class _SharedChanges(Changes):
+    def __init__(self, database: Database, build: Build, accepted: list[_Accepted], marks: dict[str, int]) -> None:
+        self._database = database
+        self._build = build
+        self._accepted = accepted
+        self._marks = marks
+        self.events = len(accepted)
+
+    @property
+    def aggregates(self) -> Collection[str]:
+        return self._marks.keys()
+
+    async def write(self, session: AsyncClientSession) -> None:
+        keys = list({key for accepted in self._accepted for key in accepted.keys})
+        collection = self._database[self._build.collection]
+        cursor = collection.find({"_id": {"$in": keys}}, session=session)
+        states: dict[Any, State | None] = {document["_id"]: document async for document in cursor}
+        stored = set(states)
+        last: dict[Any, Event] = {}
+        apply = self._build.projection.apply
+        for event, event_keys in self._accepted:
+            for key in event_keys:
+                try:
+                    states[key] = apply(key, states.get(key), event)
+                except Exception as error:
+                    raise EventFailedError(Failure.of(event, "fold", error)) from error
+                last[key] = event
+        writes = DocumentWrites(marks={aggregate: Int64(mark) for aggregate, mark in self._marks.items()})
+        for key, event in last.items():
+            _add(writes, key, states[key], event, stored=key in stored)
+        await write_documents(self._database, self._build.collection, self._build.marks, writes, session)
+
+    def without(self, aggregate_id: str) -> Changes:
+        accepted = [item for item in self._accepted if item.event["aggregateId"] != aggregate_id]
+        marks = {aggregate: mark for aggregate, mark in self._marks.items() if aggregate != aggregate_id}
+        return _SharedChanges(self._database, self._build, accepted, marks)
+
+
+def _add(writes: DocumentWrites, key: Any, state: State | None, event: Event, *, stored: bool) -> None:
+    """Adds the write of one document; `event` is the last one that went into it."""
+    if state is None:
+        if stored:
+            writes.deletes.append(key)
+        return
+    try:
+        document = RawBSONDocument(bson.encode({"_id": key, **state, "_id": key}))  # noqa: F601 - first place, last word
+    except Exception as error:
+        raise EventFailedError(Failure.of(event, "write", error)) from error
+    if stored:
+        writes.replaces.append((key, document))
+        writes.replaced_by.append(event["aggregateId"])
+    else:
+        writes.inserts.append(document)
+        writes.inserted_by.append(event["aggregateId"])
+
+
+class SharedFolder(Folder):
+    """See the module."""
+
+    def __init__(self, database: Database, build: Build) -> None:
+        self._database = database
+        self._build = build
+        self._projection = build.projection
+        self._marks: dict[str, int] = {}
+        self._dirty: dict[str, int] = {}
+        self._in_flight: Collection[str] = ()
+        self._accepted: list[_Accepted] = []
+
+    @property
+    def pending(self) -> int:
+        return len(self._accepted) or len(self._dirty)
+
+    def missing(self, events: Sequence[Event]) -> set[str]:
+        return {event["aggregateId"] for event in events}.difference(self._marks)
+
+    async def load(self, aggregate_ids: Collection[str]) -> None:
+        wanted = [found for found in aggregate_ids if found not in self._marks]
+        if not wanted:
+            return
+        if len(self._marks) + len(wanted) > CACHED_MARKS:  # what is being written or waits for it stays
+            kept = {*self._in_flight, *self._dirty}
+            self._marks = {aggregate: mark for aggregate, mark in self._marks.items() if aggregate in kept}
+        rows = await self._database[self._build.marks].find({"_id": {"$in": wanted}}).to_list(len(wanted))
+        found = {row["_id"]: int(row["mark"]) for row in rows}
+        self._marks.update({aggregate_id: found.get(aggregate_id, 0) for aggregate_id in wanted})
+
+    def fold(self, events: Sequence[Event], aside: Collection[str]) -> Outcome:
+        outcome = Outcome()
+        tally, gaps, passed = outcome.tally, outcome.gaps, outcome.passed
+        handles, keys_of = self._projection.handles, self._projection.keys
+        marks = self._marks
+        for event in events:
+            aggregate_id = event["aggregateId"]
+            if aggregate_id in passed or aggregate_id in aside:
+                passed[aggregate_id] = event["sequenceNo"]
+                tally.aside += 1
+                continue
+            sequence_no = event["sequenceNo"]
+            ahead = sequence_no - marks[aggregate_id]
+            if ahead < 1:
+                tally.duplicate += 1
+                continue
+            if ahead > 1:
+                gaps[aggregate_id] = passed[aggregate_id] = sequence_no
+                tally.aside += 1
+                continue
+            keys: tuple[Any, ...] = ()
+            if handles(event["eventName"]):
+                try:
+                    keys = keys_of(event)
+                except Exception as error:  # noqa: BLE001 - a key function may raise anything
+                    outcome.failures.append(Failure.of(event, "fold", error))
+                    passed[aggregate_id] = sequence_no
+                    tally.aside += 1
+                    continue
+            marks[aggregate_id] = sequence_no
+            if keys:
+                self._accepted.append(_Accepted(event, keys))
+                self._dirty[aggregate_id] = sequence_no
+                tally.applied += 1
+            else:
+                tally.unhandled += 1
+        return outcome
+
+    def mark(self, aggregate_id: str) -> int:
+        return self._marks[aggregate_id]
+
+    def skip(self, aggregate_id: str, sequence_no: int) -> None:
+        self._marks[aggregate_id] = sequence_no
+        self._dirty[aggregate_id] = sequence_no
+
+    def discard(self, aggregate_id: str) -> None:
+        self._marks.pop(aggregate_id, None)
+        if self._dirty.pop(aggregate_id, None) is not None:
+            self._accepted = [item for item in self._accepted if item.event["aggregateId"] != aggregate_id]
+
+    def take(self) -> tuple[Changes, list[Failure]]:
+        accepted, self._accepted = self._accepted, []
+        dirty, self._dirty = self._dirty, {}
+        self._in_flight = dirty.keys()
+        return _SharedChanges(self._database, self._build, accepted, dirty), []
