@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from projector.errors import ProjectionError
-from projector.paths import minimal, reference
+from projector.paths import minimal
 from projector.projection import AGGREGATE_ID, COLLECTION_PATTERN, NAME_PATTERN, IndexSpec, Projection
 from projector.update import Update, compile_update
 
@@ -80,7 +80,7 @@ def from_definition(definition: Any) -> Projection:
     try:
         return _compiled(definition)
     except ProjectionError as error:
-        raise ProjectionError(f"{prefix}{error}") from error
+        raise ProjectionError(f"{prefix}{error}") from None
 
 
 def _compiled(definition: dict[Any, Any]) -> Projection:
@@ -92,19 +92,17 @@ def _compiled(definition: dict[Any, Any]) -> Projection:
         fold, used = compile_update(update, _place(event_name))
         folds.append((event_name, fold))
         references |= used
-    if where.key != AGGREGATE_ID:
-        try:
-            references.add(reference(where.key))
-        except ProjectionError as error:
-            raise ProjectionError(f"readModel.key: {error}") from None
-    projection = Projection(
-        model.name,
-        model.version,
-        collection=where.collection,
-        key=where.key,
-        indexes=where.indexes,
-        fields=minimal(references),
-    )
+    try:
+        projection = Projection(
+            model.name,
+            model.version,
+            collection=where.collection,
+            key=where.key,
+            indexes=where.indexes,
+            fields=minimal(references),
+        )
+    except ProjectionError as error:
+        raise ProjectionError(f"readModel.{error}") from None
     for event_name, fold in folds:
         projection.add(event_name, fold)
     projection.definition = {
@@ -146,4 +144,4 @@ def _convert(value: Any, kind: type[_T], place: str) -> _T:
         path = found["path"] if found else None
         problem = found["problem"] if found else str(error)
         at = ".".join(part for part in (place, path) if part)
-        raise ProjectionError(f"{at}: {problem}" if at else problem) from error
+        raise ProjectionError(f"{at}: {problem}" if at else problem) from None

@@ -20,6 +20,7 @@ from bson.decimal128 import Decimal128
 from bson.errors import BSONError
 from bson.int64 import Int64
 from bson.objectid import ObjectId
+from bson.timestamp import Timestamp
 
 from eventstore.event import INT64_MAX, INT64_MIN
 from projector.errors import ProjectionError
@@ -31,7 +32,19 @@ _EXTENDED: Final = frozenset(
     {"$date", "$oid", "$numberInt", "$numberLong", "$numberDouble", "$numberDecimal", "$binary", "$uuid"}
 )
 _JSON: Final = json_util.JSONOptions(tz_aware=True)
-_PLAIN: Final = (str, float, bool, type(None), datetime.datetime, DatetimeMS, ObjectId, Decimal128, bytes, Binary)
+_PLAIN: Final = (
+    str,
+    float,
+    bool,
+    type(None),
+    datetime.datetime,
+    DatetimeMS,
+    ObjectId,
+    Decimal128,
+    bytes,
+    Binary,
+    Timestamp,
+)
 _INT32: Final = range(-(2**31), 2**31)
 
 
@@ -124,7 +137,8 @@ def _checked(value: Any, place: str) -> Any:
                 raise ProjectionError(f"{place}: {value} does not fit into 64 bits")
             return value if value in _INT32 else Int64(value)
         case datetime.datetime():
-            return value.replace(microsecond=value.microsecond // 1000 * 1000, tzinfo=value.tzinfo or datetime.UTC)
+            at = value.replace(microsecond=value.microsecond // 1000 * 1000, tzinfo=value.tzinfo or datetime.UTC)
+            return at.astimezone(datetime.UTC)
         case dict():
             if not all(isinstance(name, str) and "\0" not in name for name in value):
                 raise ProjectionError(f"{place}: field names must be texts without NUL")

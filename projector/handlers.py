@@ -54,7 +54,7 @@ def fold_of(handler: Handler, event_name: str) -> Fold:
 
     def call_typed(state: State, event: Event) -> Any:
         try:
-            payload = msgspec.convert(event.get("payload"), payload_type)
+            payload = msgspec.convert(event.get("payload", {}), payload_type)
         except msgspec.ValidationError as error:
             raise FoldError(f"{place}: the payload is no {payload_type.__name__}: {error}") from error
         return handler(state, payload, fresh(event)) if takes_event else handler(state, payload)

@@ -195,6 +195,8 @@ def _matches(value: Any, wanted: list[Any]) -> bool:
 
 def _part_key(path: tuple[str, ...], value: Any) -> tuple[Any, ...]:
     """The key of what `$sort` finds in an element: null when there is nothing; a number is an array's index."""
+    if not isinstance(value, dict):
+        return order_key(None)
     for name in path:
         if isinstance(value, list) and name.isdecimal() and str(int(name)) == name and int(name) < len(value):
             value = value[int(name)]
@@ -226,13 +228,19 @@ def _arithmetic(
     decimals: Callable[[decimal.Decimal, decimal.Decimal], decimal.Decimal],
     numbers: Callable[[Any, Any], Any],
 ) -> Any:
-    """Adds or multiplies in the wider of the two types: int32 < int64 < double < Decimal128."""
+    """Adds or multiplies in the wider of the two types: int32 < int64 < double < Decimal128.
+
+    What gives an equal number of the same type leaves the field as it is, down to the sign of 0 and a decimal's zeros.
+    """
     _number(current, f"{operator} of a field")
     _number(operand, f"{operator} by")
     if isinstance(current, Decimal128) or isinstance(operand, Decimal128):
-        return Decimal128(decimals(_decimal(current), _decimal(operand)))
+        exact = decimals(_decimal(current), _decimal(operand))
+        unchanged = isinstance(current, Decimal128) and current.to_decimal() == exact
+        return current if unchanged else Decimal128(exact)
     if isinstance(current, float) or isinstance(operand, float):
-        return numbers(float(current), float(operand))
+        rounded = numbers(float(current), float(operand))
+        return current if isinstance(current, float) and current == rounded else rounded
     result = numbers(int(current), int(operand))
     if not INT64_MIN <= result <= INT64_MAX:
         raise FoldError(f"{operator}: {current} and {operand} give more than 64 bits hold")

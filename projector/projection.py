@@ -28,7 +28,7 @@ from pymongo import IndexModel
 from eventstore.event import EVENTS
 from projector.errors import FoldError, ProjectionError
 from projector.handlers import DELETE, Event, Fold, Handler, State, fold_of
-from projector.paths import MISSING, getter, reference
+from projector.paths import MISSING, getter, minimal, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,8 +89,8 @@ class Projection:
 
     `key` says to which document an event goes: a reference to a field of the event (`$payload.customerId`: one key, or
     several when it is an array), or a function of the event that returns a key, several, or None for no document.
-    `fields` names the fields of an event that the handlers read (`payload.amount`), so that no others are read from
-    MongoDB; None asks for whole events. Raises ProjectionError for what cannot be a projection.
+    `fields` names the fields of an event that the handlers and a key function read (`payload.amount`), so that no others
+    are read from MongoDB; None asks for whole events. Raises ProjectionError for what cannot be a projection.
     """
 
     def __init__(
@@ -117,11 +117,14 @@ class Projection:
         self.version = version
         self.collection = collection
         self.indexes = tuple(indexes)
-        self.fields = tuple(fields) if fields is not None else None
         self.definition: dict[str, Any] | None = None
         """The declared form, canonical; None for one in Python."""
         self.aggregate_keyed = key == AGGREGATE_ID
-        self._key = _key_getter(key)
+        self._key = key if callable(key) else getter(_key_path(key))
+        self.fields: tuple[str, ...] | None = None
+        if fields is not None:
+            paths = {_field_path(field) for field in fields}
+            self.fields = minimal(paths if callable(key) or self.aggregate_keyed else {*paths, _key_path(key)})
         self._folds: dict[str, Fold] = {}
         self._any: Fold | None = None
 
@@ -191,12 +194,17 @@ class Projection:
         return state if fold is None else fold(key, state, event)
 
 
-def _key_getter(key: str | Callable[[Event], Any]) -> Callable[[Event], Any]:
-    if not isinstance(key, str):
-        return key
+def _key_path(key: str) -> tuple[str, ...]:
     if not key.startswith("$"):
         raise ProjectionError(f"key: {key!r} must be a reference to a field of the event, such as $payload.customerId")
     try:
-        return getter(reference(key))
+        return reference(key)
     except ProjectionError as error:
-        raise ProjectionError(f"key: {error}") from error
+        raise ProjectionError(f"key: {error}") from None
+
+
+def _field_path(field: str) -> tuple[str, ...]:
+    try:
+        return reference(f"${field}")
+    except ProjectionError as error:
+        raise ProjectionError(f"fields: {error}") from None

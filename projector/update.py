@@ -269,7 +269,7 @@ def _in(spec: Any, place: str) -> Expression:
     if isinstance(spec, list):
         return compile_array(spec, place, gaps=False)
     argument = compile_value(spec, place)
-    if argument.value is not MISSING:
+    if argument.value is not MISSING and not isinstance(argument.value, list):
         raise ProjectionError(f"{place}: {spec!r} must be an array or a reference to one")
     return argument
 
