@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from pymongo import ASCENDING, IndexModel
-from pymongo.errors import CollectionInvalid, OperationFailure
+from pymongo.errors import OperationFailure
 
 from eventstore.event import EVENTS, MAX_EVENT_ID_CHARACTERS, SLOTS
 
 if TYPE_CHECKING:
     from eventstore.client import Database
 
-__all__ = ["AGGREGATE_SEQUENCE", "VALIDATOR", "provision"]
+__all__ = ["AGGREGATE_SEQUENCE", "VALIDATOR", "ensure_collection", "missing", "provision"]
 
 AGGREGATE_SEQUENCE: Final = IndexModel(
     [("aggregateId", ASCENDING), ("sequenceNo", ASCENDING)], name="aggregate_sequence", unique=True
@@ -51,13 +51,32 @@ async def provision(database: Database) -> None:
 
     Raises `pymongo.errors.OperationFailure` with code 85 or 86 when an index of other options is in the way.
     """
-    try:
-        await database.create_collection(EVENTS, validator=VALIDATOR, check_exists=False)
-    except (CollectionInvalid, OperationFailure) as error:
-        if isinstance(error, OperationFailure) and error.code != _NAMESPACE_EXISTS:
-            raise
+    if not await ensure_collection(database, EVENTS, validator=VALIDATOR):
         await _align_validator(database)
     await database[EVENTS].create_indexes([AGGREGATE_SEQUENCE])
+
+
+async def missing(database: Database) -> str | None:
+    """What the log lacks for writing to be safe, in words; None when its unique index is there.
+
+    For a writer that may not create it. Without the index two appends could get the same sequenceNo.
+    """
+    wanted = AGGREGATE_SEQUENCE.document
+    async for index in await database[EVENTS].list_indexes():
+        if index.get("unique") and dict(index["key"]) == dict(wanted["key"]):
+            return None
+    return f"the collection {database.name}.{EVENTS} has no unique index {wanted['name']}"
+
+
+async def ensure_collection(database: Database, name: str, **options: Any) -> bool:
+    """Creates a collection; False when there is one (or a view) of that name already, whatever its options."""
+    try:
+        await database.create_collection(name, check_exists=False, **options)
+    except OperationFailure as error:
+        if error.code != _NAMESPACE_EXISTS:
+            raise
+        return False
+    return True
 
 
 async def _align_validator(database: Database) -> None:

@@ -55,18 +55,16 @@ async def heads(
     return {row["_id"]: int(row["head"]) async for row in cursor}
 
 
-async def all_heads(
-    database: Database, *, below: str | None = None, from_: str | None = None
-) -> AsyncIterator[tuple[str, int]]:
-    """Every aggregate with its last sequenceNo, by descending aggregateId; `below` and `from_` bound the ids.
+async def all_heads(database: Database, *, from_: str = "", below: str | None = None) -> AsyncIterator[tuple[str, int]]:
+    """Every aggregate with its last sequenceNo, by descending aggregateId; `from_` (inclusive) and `below` bound the ids.
 
     The server seeks from aggregate to aggregate in the index (DISTINCT_SCAN), which it does in descending order alone.
     Raises RuntimeError if the server ever answered in another order, since callers merge by it.
     """
-    bounds = ({"$lt": below} if below is not None else {}) | ({"$gte": from_} if from_ is not None else {})
+    bounds = {"$gte": from_} | ({"$lt": below} if below is not None else {})
     cursor = await database[EVENTS].aggregate(
         [
-            {"$match": {"aggregateId": bounds or {"$type": "string"}}},
+            {"$match": {"aggregateId": bounds}},
             {"$sort": {"aggregateId": DESCENDING, "sequenceNo": DESCENDING}},
             {"$group": {"_id": "$aggregateId", "head": {"$first": "$sequenceNo"}}},
         ],

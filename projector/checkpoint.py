@@ -55,6 +55,8 @@ class Checkpoint:
     partition: PartitionId
     epoch: int
     position: Position
+    scan: bool = False
+    """The log must be read before the stream: the build is new."""
 
     @classmethod
     async def take(cls, database: Database, partition: PartitionId, owner: str) -> Checkpoint:
@@ -66,7 +68,7 @@ class Checkpoint:
         )
         if found is None:
             raise FencedError(f"{partition} is no longer in the layout of its build")
-        return cls(database, partition, int(found["epoch"]), Position.load(found))
+        return cls(database, partition, int(found["epoch"]), Position.load(found), scan=found.get("scan", False))
 
     async def move(self, position: Position, session: AsyncClientSession | None = None) -> None:
         """Moves it, within the transaction of `session` where there is one. Raises FencedError."""
@@ -78,6 +80,13 @@ class Checkpoint:
         if not result.matched_count:
             raise FencedError(f"{self.partition} has another owner")
         self.position = position
+
+    async def scanned(self) -> None:
+        """Notes that the log has been read up to the position. Raises FencedError."""
+        query = {"_id": str(self.partition), "epoch": self.epoch}
+        if not (await self.database[CHECKPOINTS].update_one(query, {"$set": {"scan": False}})).matched_count:
+            raise FencedError(f"{self.partition} has another owner")
+        self.scan = False
 
 
 def _literal(position: Position) -> dict[str, Any]:
@@ -94,7 +103,8 @@ async def ensure_layout(database: Database, build: str, count: int, start: Posit
     """Makes `count` partitions the layout of a build; True when it had another one, or none.
 
     A new layout resumes from the oldest position of the one before: what the others had applied already, the marks tell.
-    Its owners are fenced by the same transaction. A build without checkpoints begins at `start`; without it nothing is made.
+    Its owners are fenced by the same transaction. A build without checkpoints begins with a scan of the log and
+    then at `start`; without a start nothing is made.
     """
 
     async def change(session: AsyncClientSession) -> bool:
@@ -109,10 +119,11 @@ async def ensure_layout(database: Database, build: str, count: int, start: Posit
         else:
             return False
         epoch = max((int(found["epoch"]) for found in present), default=0)
+        scan = any(found.get("scan", False) for found in present) if present else True
         await database[CHECKPOINTS].insert_many(
             [
                 {"_id": str(PartitionId(build, number, count)), "build": build, "partitions": count, "epoch": epoch}
-                | oldest.dump()
+                | {"scan": scan, **oldest.dump()}
                 for number in range(count)
             ],
             session=session,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 if TYPE_CHECKING:
@@ -40,15 +41,18 @@ class Leases:
 
     async def acquire(self, name: str) -> bool:
         """Takes a lease that is free or expired."""
+        free = {
+            "$or": [{"$lte": ["$expiresAt", "$$NOW"]}, {"$eq": ["$owner", self.owner]}]
+        }  # missing is below any date
+        mine = {"owner": self.owner, "expiresAt": self._expiry}
+        taken = {key: {"$cond": [free, value, f"${key}"]} for key, value in mine.items()}
         try:
-            result = await self._leases.update_one(
-                {"_id": name, "$expr": {"$or": [{"$lte": ["$expiresAt", "$$NOW"]}, {"$eq": ["$owner", self.owner]}]}},
-                [{"$set": {"owner": self.owner, "expiresAt": self._expiry}}],
-                upsert=True,
+            found = await self._leases.find_one_and_update(
+                {"_id": name}, [{"$set": taken}], upsert=True, return_document=ReturnDocument.AFTER
             )
-        except DuplicateKeyError:  # it exists and does not match: somebody holds it
+        except DuplicateKeyError:  # two at once made it: the other one has it
             return False
-        return bool(result.matched_count or result.upserted_id is not None)
+        return found is not None and found["owner"] == self.owner
 
     async def renew(self, names: Iterable[str]) -> set[str]:
         """Renews leases; returns those that are still ours."""
@@ -70,11 +74,12 @@ class Leases:
         found = self._leases.find({"_id": {"$in": list(names)}, "$expr": {"$gt": ["$expiresAt", "$$NOW"]}})
         return {lease["_id"]: lease["owner"] async for lease in found}
 
-    async def announce(self) -> int:
-        """Says that this replica lives, for as long as a lease; returns how many do."""
-        await self._replicas.update_one({"_id": self.owner}, [{"$set": {"expiresAt": self._expiry}}], upsert=True)
+    async def announce(self, builds: list[str]) -> dict[str, frozenset[str]]:
+        """Says that this replica lives, for as long as a lease, and can run these builds; returns all that live."""
+        live = {"builds": builds, "expiresAt": self._expiry}
+        await self._replicas.update_one({"_id": self.owner}, [{"$set": live}], upsert=True)
         await self._replicas.delete_many({"$expr": {"$lte": ["$expiresAt", "$$NOW"]}})
-        return await self._replicas.count_documents({})
+        return {found["_id"]: frozenset(found["builds"]) async for found in self._replicas.find()}
 
     async def leave(self) -> None:
         """Takes this replica off the list, so that the others take its share."""

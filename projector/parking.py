@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eventstore.client import Database
     from projector.changes import Failure
 
-__all__ = ["PARKED", "Parked", "parked_id", "read_parked", "retry_parked", "skip_parked"]
+__all__ = ["PARKED", "Parked", "build_range", "parked_id", "read_parked", "retry_parked", "skip_parked"]
 
 PARKED: Final = "projector.parked"
 
@@ -30,6 +30,11 @@ _SKIPS: Final = 1_000
 def parked_id(build: str, aggregate_id: str) -> str:
     """The record's `_id`: one aggregate is set aside at most once per build."""
     return f"{build}/{aggregate_id}"
+
+
+def build_range(build: str) -> dict[str, str]:
+    """A condition on `_id` for everything of one build (`permits.v1/…`), which the index on `_id` answers."""
+    return {"$gte": f"{build}/", "$lt": f"{build}0"}  # "0" comes after "/"
 
 
 def _now() -> datetime.datetime:
@@ -117,7 +122,7 @@ async def read_parked(
     database: Database, build: str, slots: range | None = None, *, after: str = "", limit: int = 1_000
 ) -> list[Parked]:
     """A page of a build's records by aggregateId, of a partition's slots where given."""
-    query: dict[str, Any] = {"build": build, "_id": {"$gt": parked_id(build, after)}}
+    query: dict[str, Any] = {"_id": build_range(build) | ({"$gt": parked_id(build, after)} if after else {})}
     if slots is not None:
         query["slot"] = {"$gte": slots.start, "$lt": slots.stop}
     found = await database[PARKED].find(query).sort("_id", 1).limit(limit).to_list(limit)
@@ -126,7 +131,7 @@ async def read_parked(
 
 async def retry_parked(database: Database, build: str, aggregate_id: str | None = None) -> int:
     """Asks for another try of one aggregate, or of all of a build; returns how many. The owner sees it within a tick."""
-    query = {"build": build} | ({} if aggregate_id is None else {"_id": parked_id(build, aggregate_id)})
+    query = {"_id": build_range(build) if aggregate_id is None else parked_id(build, aggregate_id)}
     now = _now()
     result = await database[PARKED].update_many(
         query, {"$set": {"state": "retrying", "due": now, "since": now, "attempts": 0}, "$inc": {"revision": 1}}

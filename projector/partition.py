@@ -27,7 +27,7 @@ from projector.checkpoint import Checkpoint, FencedError, PartitionId
 from projector.owned import OwnedFolder
 from projector.repair import repair
 from projector.shared import SharedFolder
-from projector.stream import EventStream, PositionLostError
+from projector.stream import BATCH_EVENTS, EventStream, PositionLostError, position_now
 
 if TYPE_CHECKING:
     from pymongo.asynchronous.client_session import AsyncClientSession
@@ -89,11 +89,23 @@ class Progress:
     """How far a partition is, for status and metrics."""
 
     state: str = "catching_up"
+    """One of `projector.metrics.HEALTH_STATES`."""
     caught_up: bool = False
+    """Everything that the stream has brought is written, and it had no more to bring when it was last asked."""
     position: Position | None = None
-    last_event_time: float = 0.0
+    last_event_time: float | None = None
+    """Commit time of the newest event folded, seconds since the epoch."""
     heartbeat: float = field(default_factory=time.time)
     error: str | None = None
+
+    def lag_seconds(self) -> float:
+        """0 when caught up, else the age of the newest event folded (or of the position, before the first one)."""
+        if self.caught_up:
+            return 0.0
+        since = self.last_event_time
+        if since is None and self.position is not None:
+            since = self.position.cluster_time.time
+        return max(0.0, time.time() - since) if since is not None else 0.0
 
 
 class Partition:
@@ -115,25 +127,31 @@ class Partition:
 
     async def run(self) -> None:
         """Until `stop`. Raises FencedError when another owner took over, StoppedError when a person is needed."""
-        pause = 0.1
+        pause = 0.05
+        started = time.monotonic()
+        lost: PositionLostError | None = None
         while not self._stopping.is_set():
             try:
+                if lost is not None:
+                    await self._repair(lost)
+                    lost = None
                 checkpoint = await Checkpoint.take(self._around.database, self.id, self._around.owner)
+                if checkpoint.scan:
+                    await self._scan(checkpoint)
+                started = time.monotonic()
                 await self._from(checkpoint)
             except (FencedError, StoppedError):
                 raise
             except PositionLostError as error:
                 self._restart("history_lost", error)
-                await self._repair(error)
-                pause = 0.1
-                continue
+                lost = error
             except Exception as error:  # noqa: BLE001 - whatever it is, memory is void and the checkpoint is not
                 meaning = classify(error)
                 reason = "unexpected" if meaning is Meaning.UNEXPECTED else "unavailable"
                 self._restart(reason, error)
                 self.progress.state, self.progress.error = "waiting", type(error).__name__
+                pause = 0.1 if time.monotonic() - started > 10 else min(pause * 2, 5.0)
                 await self._pause(pause)
-                pause = min(pause * 2, 5.0)
 
     def _restart(self, reason: str, error: Exception) -> None:
         self._metrics.restarts.labels(self._name, reason).inc()
@@ -151,10 +169,17 @@ class Partition:
         """Applies what the lost stream would have brought, from the log, and moves the checkpoint to a new token."""
         self.progress.state, self.progress.caught_up = "repairing", False
         checkpoint = await Checkpoint.take(self._around.database, self.id, self._around.owner)
-        loop = _Loop(self, checkpoint)
-        count = await repair(loop)
+        count = await repair(_Loop(self, checkpoint), await position_now(self._around.log))
         self._metrics.repaired.labels(self._name).inc(count)
         self._log.warning("position_repaired", reason=error.reason, events=count)
+
+    async def _scan(self, checkpoint: Checkpoint) -> None:
+        """Fills a new build from the log. Its checkpoint's token was taken before, so the stream brings the rest."""
+        self.progress.state, self.progress.caught_up = "rebuilding", False
+        count = await repair(_Loop(self, checkpoint), checkpoint.position)
+        await checkpoint.scanned()
+        self._metrics.rebuild_events.labels(self._name).inc(count)
+        self._log.info("build_scanned", events=count)
 
     async def _from(self, checkpoint: Checkpoint) -> None:
         """The loop from a checkpoint until `stop` or an error."""
@@ -188,6 +213,7 @@ class _Loop:
         self._room = asyncio.Event()
         self._written_at = self._looked_at = time.monotonic()
         self._newest: float | None = None
+        self._drained = False
         self.writing = asyncio.Lock()
 
     async def run(self, source: Source) -> None:
@@ -252,8 +278,10 @@ class _Loop:
             await self._fold(events, light=batch.light)
         if batch.last_event_time is not None:
             self._newest = self.progress.last_event_time = batch.last_event_time.time
-        self.progress.caught_up = not events
-        self.progress.state = "live" if not events else self.progress.state
+        self._drained = len(events) < BATCH_EVENTS
+        if self._drained:
+            self.progress.state, self.progress.error = "live", None
+        self.progress.caught_up = self._drained and not self.dirty
         self.position = self.progress.position = batch.position
         if self.dirty:
             self._wake.set()
@@ -326,6 +354,7 @@ class _Loop:
             self.metrics.write_seconds.labels(self.name).observe(time.perf_counter() - started)
             self.metrics.write_events.labels(self.name).observe(changes.events)
             self._written_at = time.monotonic()
+            self.progress.caught_up = self._drained and not self.dirty
             if newest is not None:
                 self.metrics.last_applied.labels(self.name).set(newest)
                 self.metrics.delay_seconds.labels(self.name).observe(max(0.0, time.time() - newest))

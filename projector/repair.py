@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from eventstore import log as event_log
 from projector.behind import differences
 from projector.changes import Failure
-from projector.stream import BATCH_EVENTS, Batch, position_now
+from projector.stream import BATCH_EVENTS, Batch
 
 if TYPE_CHECKING:
     from eventstore.client import Database
@@ -43,10 +43,9 @@ class Repairable(Protocol):
         """Writes what has been folded, and the position."""
 
 
-async def repair(loop: Repairable) -> int:
-    """Brings the partition up to date from the log and its position to a living token; returns the events read."""
+async def repair(loop: Repairable, fresh: Position) -> int:
+    """Brings the partition up to date from the log and its position to `fresh`, taken before; returns the events read."""
     await loop.aside.reload()
-    fresh = await position_now(loop.log)
     behind: dict[str, int] = {}
     events = read = 0
     async for found in differences(loop.log, loop.database, loop.build, loop.partition.slots):

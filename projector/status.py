@@ -1,0 +1,172 @@
+"""How far everything is: what a replica reports of its partitions, and what is put together from the reports of all.
+
+A report is a document per partition in `projector.reports`, written by its owner every tick; `projector.status` has the sum per
+projection, which the operator and the commands read.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from pymongo import UpdateOne
+from pymongo.errors import OperationFailure
+
+from projector.catalog import STATUS
+from projector.parking import PARKED, build_range
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from eventstore.client import Database
+    from projector.build import Build
+    from projector.builds import Control
+    from projector.metrics import Metrics
+    from projector.partition import Partition
+
+__all__ = ["REPORTS", "Reports", "oplog_start"]
+
+REPORTS: Final = "projector.reports"
+
+STALE_SECONDS: Final = 30.0
+"""A report older than this is nobody's word any more."""
+
+OPLOG_SECONDS: Final = 15.0
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Reports:
+    """Writes the reports of this replica and the status of what it runs; sets the gauges."""
+
+    def __init__(self, log: Database, database: Database, metrics: Metrics, owner: str) -> None:
+        self._event_log = log
+        self._database = database
+        self._metrics = metrics
+        self._owner = owner
+        self._oplog_asked = 0.0
+        self._oplog_start: float | None = None
+        self._counted: dict[str, int] = {}
+
+    async def caught_up(self, build: Build, partitions: int) -> bool:
+        """Whether all partitions of a build have said, lately, that they have caught up."""
+        fresh = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=STALE_SECONDS)
+        query = {"_id": build_range(build.id), "partitions": partitions, "caughtUp": True, "at": {"$gt": fresh}}
+        return await self._database[REPORTS].count_documents(query) >= partitions
+
+    async def write(
+        self,
+        running: Mapping[str, Any],
+        controls: Mapping[str, Control],
+        runnable: Mapping[str, tuple[Build, Control]],
+        peers: Mapping[str, Any],
+    ) -> None:
+        """Reports of the partitions that run here, then the status of the projections of this replica."""
+        self._metrics.replicas.set(len(peers))
+        await self._ask_oplog()
+        if running:
+            await self._database[REPORTS].bulk_write(
+                [
+                    UpdateOne({"_id": name}, {"$set": self._report(item.partition)}, upsert=True)
+                    for name, item in running.items()
+                ],
+                ordered=False,
+            )
+        for name, control in controls.items():
+            self._set_gauges(name, control, running)
+            if any(item.build.projection.name == name for item in running.values()) or control.paused or control.failed:
+                await self._write_status(control, runnable)
+
+    def _report(self, partition: Partition) -> dict[str, Any]:
+        progress = partition.progress
+        return {
+            "owner": self._owner,
+            "partitions": partition.id.count,
+            "number": partition.id.number,
+            "state": progress.state,
+            "caughtUp": progress.caught_up,
+            "lagSeconds": round(progress.lag_seconds(), 3),
+            "clusterTime": progress.position.cluster_time if progress.position else None,
+            "error": progress.error,
+            "at": datetime.datetime.now(datetime.UTC),
+        }
+
+    async def _ask_oplog(self) -> None:
+        """Age of the oldest oplog entry; no metric where the role may not read it."""
+        now = time.monotonic()
+        if now - self._oplog_asked >= OPLOG_SECONDS or not self._oplog_asked:
+            self._oplog_asked = now
+            self._oplog_start = await oplog_start(self._event_log)
+        if self._oplog_start is not None:
+            self._metrics.oplog_window.set(time.time() - self._oplog_start)
+
+    def _set_gauges(self, name: str, control: Control, running: Mapping[str, Any]) -> None:
+        mine = [item.partition for item in running.values() if item.build.projection.name == name]
+        self._metrics.partitions.labels(name).set(len(mine))
+        if control.failed:
+            self._metrics.set_health(name, "failed")
+        elif control.paused:
+            self._metrics.set_health(name, "paused")
+        elif not mine:
+            self._metrics.set_health(name, "standby")
+        else:
+            states = [partition.progress.state for partition in mine]
+            worst = ("waiting", "repairing", "rebuilding", "catching_up", "live")
+            self._metrics.set_health(name, next((state for state in worst if state in states), states[0]))
+        if not mine:
+            return
+        progress = [partition.progress for partition in mine]
+        self._metrics.lag_seconds.labels(name).set(max(item.lag_seconds() for item in progress))
+        self._metrics.heartbeat.labels(name).set(min(item.heartbeat for item in progress))
+        times = [item.position.cluster_time.time for item in progress if item.position is not None]
+        if times:
+            self._metrics.token_age.labels(name).set(max(0.0, time.time() - min(times)))
+
+    async def _write_status(self, control: Control, runnable: Mapping[str, tuple[Build, Control]]) -> None:
+        """The sum of all reports of a projection; every replica that runs a part writes the same."""
+        shown = control.live or control.candidate
+        if shown is None:
+            return
+        reports = await self._database[REPORTS].find({"_id": build_range(shown)}).to_list(1_000)
+        fresh = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=STALE_SECONDS)
+        reports = [report for report in reports if report["at"] > fresh and report["partitions"] == control.partitions]
+        states = [report["state"] for report in reports]
+        worst = ("waiting", "repairing", "rebuilding", "catching_up", "live")
+        state = next((known for known in worst if known in states), "waiting")
+        if len(reports) < control.partitions and state == "live":
+            state = "waiting"
+        state = "failed" if control.failed else "paused" if control.paused else state
+        parked = await self._database[PARKED].count_documents({"_id": build_range(shown)})
+        build = runnable.get(shown)
+        status = {
+            "version": build[0].projection.version if build and control.live else None,
+            "state": state,
+            "live": control.live,
+            "candidate": control.candidate,
+            "previous": control.previous,
+            "lagSeconds": max((report["lagSeconds"] for report in reports), default=None),
+            "parked": parked,
+            "partitions": [
+                {
+                    "partition": report["number"],
+                    "owner": report["owner"],
+                    "state": report["state"],
+                    "lagSeconds": report["lagSeconds"],
+                }
+                for report in sorted(reports, key=lambda report: report["number"])
+            ],
+            "error": control.failed or next((report["error"] for report in reports if report["error"]), None),
+            "updatedAt": datetime.datetime.now(datetime.UTC),
+        }
+        await self._database[STATUS].update_one({"_id": control.name}, {"$set": status}, upsert=True)
+
+
+async def oplog_start(database: Database) -> float | None:
+    """Commit time of the oldest oplog entry, seconds since the epoch; None where the role may not read it."""
+    try:
+        first = await database.client["local"]["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", 1)])
+    except OperationFailure:
+        return None
+    return float(first["ts"].time) if first else None

@@ -1,0 +1,335 @@
+"""Who runs what: shares the partitions of all builds among the replicas, and brings candidates to their cut-over.
+
+Every tick each replica says that it lives, renews its leases, takes what is free up to its fair share, and gives back what is over
+it. Nothing here is needed for correctness, which the checkpoints' epochs give; it only makes somebody run everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import structlog
+from pymongo.errors import PyMongoError
+
+from eventstore.errors import Meaning, classify
+from projector.aside import StoppedError
+from projector.build import Build
+from projector.builds import Control, cut_over, ensure_build, partitions_of, read_builds, read_controls, set_control
+from projector.checkpoint import FencedError, ensure_layout
+from projector.declared import from_definition
+from projector.errors import ProjectionError
+from projector.lease import Leases
+from projector.partition import Partition
+from projector.sources import Sources
+from projector.status import Reports
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eventstore.client import Database
+    from projector.builds import BuildRecord
+    from projector.checkpoint import PartitionId
+    from projector.metrics import Metrics
+    from projector.partition import Source
+    from projector.position import Position
+    from projector.projection import Projection
+    from projector.settings import ProjectorSettings
+
+__all__ = ["Catalog", "FixedCatalog", "Supervisor", "Wanted"]
+
+_log = structlog.stdlib.get_logger(__name__)
+
+TICKS_PER_LEASE: Final = 5
+LONGEST_TICK_SECONDS: Final = 1.0
+
+
+class Wanted:
+    """A projection that shall run, and how."""
+
+    def __init__(
+        self,
+        projection: Projection,
+        *,
+        partitions: int | None = None,
+        paused: bool = False,
+        manual_cutover: bool = False,
+    ) -> None:
+        self.projection = projection
+        self.partitions = partitions
+        """None: as it is, or as `projector partitions` set it."""
+        self.paused = paused
+        self.manual_cutover = manual_cutover
+
+
+class Catalog(Protocol):
+    """Where the projections come from."""
+
+    async def wanted(self) -> Sequence[Wanted]:
+        """All that shall run now; called every tick."""
+
+
+class FixedCatalog:
+    """Projections that were loaded once, from a folder or from modules."""
+
+    def __init__(self, projections: Sequence[Projection]) -> None:
+        self._wanted = [Wanted(projection) for projection in projections]
+
+    async def wanted(self) -> Sequence[Wanted]:
+        """The same every time."""
+        return self._wanted
+
+
+class _Running:
+    """A partition that this replica runs."""
+
+    def __init__(self, partition: Partition, build: Build, drain_seconds: float) -> None:
+        self.partition = partition
+        self.build = build
+        self.task = asyncio.create_task(partition.run(), name=str(partition.id))
+        self._drain_seconds = drain_seconds
+        self._overdue: float | None = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to end."""
+        return self._overdue is not None
+
+    def stop(self) -> None:
+        """Asks it to end after its last write."""
+        if self._overdue is None:
+            self._overdue = time.monotonic() + self._drain_seconds + 5
+            self.partition.stop()
+
+    async def ended(self) -> None:
+        """Waits for its end, and brings it about when it takes too long."""
+        assert self._overdue is not None  # noqa: S101 - asked of what was stopped
+        await asyncio.wait({self.task}, timeout=max(0.0, self._overdue - time.monotonic()))
+        self.cancel_if_overdue()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    def cancel_if_overdue(self) -> None:
+        """Cancels it when its time to drain is over: what it had not written is folded again by the next owner."""
+        if self._overdue is not None and time.monotonic() >= self._overdue:
+            self.task.cancel()
+
+
+class Supervisor:
+    """The projector of a process; also what its partitions see of it (`projector.partition.Surroundings`)."""
+
+    def __init__(
+        self, log: Database, database: Database, catalog: Catalog, settings: ProjectorSettings, metrics: Metrics
+    ) -> None:
+        self.log = log
+        self.database = database
+        self.settings = settings
+        self.metrics = metrics
+        self.owner = uuid.uuid4().hex
+        self.leases = Leases(database, self.owner, settings.lease_seconds)
+        self.sources = Sources(log)
+        self.reports = Reports(log, database, metrics, self.owner)
+        self.running: dict[str, _Running] = {}
+        self.last_tick = 0.0
+        """`time.monotonic()` of the last tick that went through."""
+        self._catalog = catalog
+        self._started: set[str] = set()
+        self._warned: set[str] = set()
+        self._trouble = ""
+
+    def source(self, build: Build, position: Position, slots: range) -> Source:
+        """Opens a source of batches for a partition."""
+        return self.sources.open(position, slots=slots, fields=build.projection.fields)
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Until `stopping`; then every partition writes what it has folded, and all leases are given back."""
+        tick = min(LONGEST_TICK_SECONDS, self.settings.lease_seconds / TICKS_PER_LEASE)
+        try:
+            while not stopping.is_set():
+                try:
+                    async with asyncio.timeout(max(self.settings.lease_seconds, 5.0)):
+                        await self.tick()
+                    self.last_tick = time.monotonic()
+                    self._trouble = ""
+                except (PyMongoError, TimeoutError) as error:
+                    self._report(error)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(tick):
+                        await stopping.wait()
+        finally:
+            await self._shut_down()
+
+    def _report(self, error: Exception) -> None:
+        """One line for each new kind of trouble, not one for each tick."""
+        trouble = f"{type(error).__name__} {getattr(error, 'code', None)}"
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log = _log.error if classify(error) in {Meaning.UNEXPECTED, Meaning.DENIED} else _log.warning
+            log("tick_failed", error=type(error).__name__, code=getattr(error, "code", None), reason=str(error)[:500])
+
+    async def tick(self) -> None:
+        """One round of everything."""
+        controls, builds = await self._prepare()
+        runnable = {build.id: (build, control) for build, control in builds}
+        partitions = {
+            str(partition): partition
+            for build, control in builds
+            if not control.failed and not control.paused
+            for partition in partitions_of(build.id, control.partitions)
+        }
+        await self._reap(controls)
+        for name in self.running.keys() - partitions.keys():
+            self.running[name].stop()
+        peers = await self.leases.announce(sorted(runnable))
+        held = await self.leases.renew(self.running)
+        for name in self.running.keys() - held:
+            self.running[name].stop()
+        await self._share(partitions, runnable, peers)
+        await self._cut_over_candidates(runnable)
+        await self.reports.write(self.running, controls, runnable, peers)
+
+    async def _prepare(self) -> tuple[dict[str, Control], list[tuple[Build, Control]]]:
+        """Begins builds that are missing; returns the builds that this replica can run."""
+        wanted = {item.projection.name: item for item in await self._catalog.wanted()}
+        controls = await read_controls(self.database)
+        records = await read_builds(self.database)
+        for name, item in wanted.items():
+            if name not in self._started:
+                self.metrics.start(name)
+                self._started.add(name)
+            known = [record for record in records.values() if record.projection == name]
+            self._warn_of_changes(item, known)
+            if name not in controls or not any(record.version >= item.projection.version for record in known):
+                await ensure_build(
+                    self.log, self.database, item.projection, item.partitions or 1, manual_cutover=item.manual_cutover
+                )
+                controls, records = await read_controls(self.database), await read_builds(self.database)
+            control = controls.get(name)
+            if control is not None:
+                controls[name] = await self._follow(item, control)
+        builds = []
+        for name, item in wanted.items():
+            control = controls.get(name)
+            for build_id in (control.live, control.candidate) if control else ():
+                record = records.get(build_id) if build_id else None
+                build = self._build_of(record, item.projection) if record else None
+                if build is not None and control is not None:
+                    await ensure_layout(self.database, build.id, control.partitions)
+                    builds.append((build, control))
+        return {name: controls[name] for name in wanted if name in controls}, builds
+
+    def _warn_of_changes(self, item: Wanted, known: list[BuildRecord]) -> None:
+        """A definition that changed without a new version is not what runs: that must not go unnoticed."""
+        projection = item.projection
+        for record in known:
+            changed = record.version == projection.version and record.definition != projection.definition
+            if changed and record.id not in self._warned:
+                self._warned.add(record.id)
+                _log.error("definition_changed_without_version", projection=projection.name, version=record.version)
+
+    def _build_of(self, record: BuildRecord, projection: Projection) -> Build | None:
+        """The build of a record, where this replica has its code: Python of this version, or the declared form."""
+        if record.definition is not None:
+            try:
+                return Build(from_definition(record.definition), record.number)
+            except ProjectionError:
+                return None  # written by a newer version of ours
+        return Build(projection, record.number) if record.version == projection.version else None
+
+    async def _follow(self, item: Wanted, control: Control) -> Control:
+        """Takes over what the catalog says of partitions, pause and cut-over, where it says anything."""
+        changes: dict[str, Any] = {}
+        if item.partitions is not None:
+            if control.partitions != item.partitions:
+                changes["partitions"] = item.partitions
+            if control.paused != item.paused:
+                changes["paused"] = item.paused
+            if control.manual_cutover != item.manual_cutover:
+                changes["manualCutover"] = item.manual_cutover
+        if changes:
+            await set_control(self.database, control.name, **changes)
+            return (await read_controls(self.database))[control.name]
+        return control
+
+    # Sharing
+
+    async def _reap(self, controls: dict[str, Control]) -> None:
+        """Takes note of partitions that ended, and gives their leases back."""
+        for name, running in list(self.running.items()):
+            running.cancel_if_overdue()
+            if running.task.done():
+                await self._bury(name, running, controls)
+
+    async def _bury(self, name: str, running: _Running, controls: dict[str, Control]) -> None:
+        projection = running.build.projection.name
+        error = None if running.task.cancelled() else running.task.exception()
+        if isinstance(error, StoppedError):
+            _log.error("projection_failed", projection=projection, reason=str(error))
+            await set_control(self.database, projection, failed=str(error))
+            if projection in controls:
+                controls[projection] = (await read_controls(self.database))[projection]
+        elif isinstance(error, FencedError):
+            _log.info("partition_lost", partition=name)
+            self.metrics.restarts.labels(projection, "fenced").inc()
+        elif error is not None:
+            _log.error("partition_ended", partition=name, error=repr(error))
+        await self.leases.release(name)
+        del self.running[name]
+
+    async def _share(
+        self,
+        partitions: dict[str, PartitionId],
+        runnable: dict[str, tuple[Build, Control]],
+        peers: dict[str, frozenset[str]],
+    ) -> None:
+        """Takes free partitions up to the fair share; gives one back when a peer that can run it has two fewer."""
+        holders = await self.leases.holders(partitions)
+        share = -(-len(partitions) // max(1, len(peers)))
+        free = [name for name in partitions if name not in holders and name not in self.running]
+        random.shuffle(free)  # so that replicas that wake together seldom grasp for the same one
+        mine = sum(not running.stopping for running in self.running.values())
+        for name in free[: max(0, share - mine)]:
+            if await self.leases.acquire(name):
+                build, _ = runnable[partitions[name].build]
+                partition = Partition(self, build, partitions[name])
+                self.running[name] = _Running(partition, build, self.settings.drain_seconds)
+        if len(self.running) != mine:  # something has just begun or is about to end: look again when it has
+            return
+        counts = dict.fromkeys(peers, 0)
+        for owner in holders.values():
+            if owner in counts and owner != self.owner:
+                counts[owner] += 1
+        for running in self.running.values():
+            able = [counts[peer] for peer, builds in peers.items() if peer != self.owner and running.build.id in builds]
+            if able and min(able) <= mine - 2:
+                running.stop()
+                return
+
+    # Candidates
+
+    async def _cut_over_candidates(self, runnable: dict[str, tuple[Build, Control]]) -> None:
+        """Cuts over to candidates that have caught up, unless a person is to say when."""
+        for build, control in runnable.values():
+            if control.candidate != build.id or control.failed:
+                continue
+            if control.live is not None and control.manual_cutover and control.cutover != build.id:
+                continue
+            if not await self.reports.caught_up(build, control.partitions):
+                continue
+            record = (await read_builds(self.database, control.name)).get(build.id)
+            if record is not None and await cut_over(self.database, control, record):
+                _log.info("cut_over", projection=control.name, build=build.id)
+
+    async def _shut_down(self) -> None:
+        """Ends all partitions at once, gives their leases back, and says good-bye."""
+        for running in self.running.values():
+            running.stop()
+        await asyncio.gather(*(running.ended() for running in self.running.values()))
+        await self.sources.close()
+        with contextlib.suppress(PyMongoError):
+            for name in self.running:
+                await self.leases.release(name)
+            await self.leases.leave()
