@@ -253,6 +253,6 @@ def _decimal(number: Any) -> decimal.Decimal:
     """As the server converts it: a double by its first 15 significant digits."""
     if isinstance(number, Decimal128):
         return number.to_decimal()
-    if isinstance(number, float) and number:
-        return decimal.Decimal(f"{number:.14e}")
+    if isinstance(number, float):
+        return decimal.Decimal(f"{number:.14e}" if number else f"{number:.0f}")  # 0 without digits, but with its sign
     return decimal.Decimal(int(number))

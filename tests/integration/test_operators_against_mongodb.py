@@ -7,6 +7,7 @@ an error the fold must raise FoldError (or the definition be refused), and nowhe
 from __future__ import annotations
 
 import datetime
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import bson
@@ -144,9 +145,9 @@ def updates(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.fixture(scope="module")
 def server(mongodb_uri: str) -> Iterator[Database[dict[str, Any]]]:
     with MongoClient[dict[str, Any]](mongodb_uri, w=1) as client:
-        database = client.get_database("test_operators", codec_options=CODEC)
+        database = client.get_database(f"test_operators_{uuid.uuid4().hex[:12]}", codec_options=CODEC)
         yield database
-        client.drop_database("test_operators")
+        client.drop_database(database)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,7 @@ def same(update: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 @example(document={"a": 2**63 - 1}, steps=same({"$inc": {"a": 1}}))
 @example(document={"a": 0.0}, steps=same({"$mul": {"a": -1}}))
 @example(document={"a": Decimal128("1.0")}, steps=same({"$inc": {"a": 0}}))
+@example(document={"a": -0.0}, steps=same({"$mul": {"a": Decimal128("2")}}))
 @example(document={"a": [[{"a": 0}], []]}, steps=same({"$push": {"a": {"$each": [], "$sort": {"0.a": 1}}}}))
 @example(document={"a": []}, steps=same({"$set": {"a.1500001": 1}}))
 @example(document={"a": []}, steps=same({"$set": {"a.99999999999": 1}}))

@@ -7,6 +7,7 @@ import csv
 import datetime
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,3 +127,17 @@ def test_permits_are_what_the_receipt_log_says() -> None:
         assert permit["resources"] == list(dict.fromkeys(row["org:resource"] for row in history))
         confirmation = [row for row in history if row["concept:name"] == "Confirmation of receipt"]
         assert permit.get("group") == (confirmation[-1]["org:group"] if confirmation else None)
+
+
+def test_what_the_reference_shows_can_be_run(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "reference" / "projections.md").read_text()
+    blocks: dict[str, list[str]] = collections.defaultdict(list)
+    for language, block in re.findall(r"^```(yaml|python)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        blocks[language].append(block)
+    (tmp_path / "permits.yaml").write_text("---\n".join(blocks["yaml"]))
+    [declared] = load_folder(tmp_path)
+    assert declared.name == "permits"
+    module: dict[str, Any] = {"__name__": "shown"}
+    exec("import msgspec\n" + "\n".join(blocks["python"]), module)
+    event = {"eventName": "Confirmed", "payload": {"orgGroup": "Group 1"}}
+    assert module["permits"].apply("k", None, event) == {"_id": "k", "group": "Group 1"}
