@@ -1,0 +1,123 @@
+"""The process of `projector run`: connect, provision, follow the log, answer over HTTP, drain.
+
+MongoDB may be away at the start and at any time later: the process lives, is not ready, and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Final
+
+import stamina
+import structlog
+from pymongo.errors import PyMongoError
+
+from eventstore import indexes
+from eventstore.client import connect, open_database
+from eventstore.logs import redact
+from projector.http import serve
+from projector.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from eventstore.client import Database
+    from eventstore.settings import EventStoreSettings
+    from projector.metrics import Metrics
+    from projector.settings import ProjectorSettings
+    from projector.supervisor import Catalog
+
+__all__ = ["run_projector"]
+
+PING_SECONDS: Final = 1.0
+"""`/readyz` waits no longer for MongoDB: Kubernetes' probes give up after a second by default."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+async def run_projector(
+    settings: ProjectorSettings,
+    store: EventStoreSettings,
+    catalog: Callable[[Database], Catalog],
+    *,
+    metrics: Metrics,
+    stopping: asyncio.Event,
+    started: Callable[[int], None] | None = None,
+) -> None:
+    """Runs what `catalog(database of the read models)` wants until `stopping`; then writes what was folded and gives all
+    leases back. `started` is called with the port of the ops API once it listens.
+
+    Raises OSError when the address is taken, `eventstore.auth.TokensMissingError` for a token file without a token.
+    """
+    async with connect(store.mongodb_uri, "projector") as client:
+        log = open_database(client, store.eventstore_database)
+        database = open_database(client, settings.database or store.eventstore_database)
+        supervisor = Supervisor(log, database, catalog(database), settings, metrics)
+        state = _State(supervisor, stopping)
+        async with serve(supervisor, metrics.registry, state.not_ready) as port:
+            _log.info("projector_started", host=settings.http_host, port=port)
+            if started is not None:
+                started(port)
+            if await _provision(log, state, stopping, provision=store.eventstore_provision):
+                await supervisor.run(stopping)
+    _log.info("projector_stopped")
+
+
+class _State:
+    """What `/readyz` answers."""
+
+    def __init__(self, supervisor: Supervisor, stopping: asyncio.Event) -> None:
+        self._supervisor = supervisor
+        self._stopping = stopping
+        self.waiting: str | None = "it has just been started"
+
+    async def not_ready(self) -> str | None:
+        """None when MongoDB answers and a tick went through lately."""
+        if self._stopping.is_set():
+            return "it is shutting down"
+        if self.waiting is not None:
+            return self.waiting
+        age = time.monotonic() - self._supervisor.last_tick
+        if age > 2 * max(self._supervisor.settings.lease_seconds, 5.0):  # a tick may take one of these, and then fail
+            return "no tick has gone through lately; the log has the reason"
+        try:
+            async with asyncio.timeout(PING_SECONDS):
+                await self._supervisor.database.command("ping")
+        except (PyMongoError, TimeoutError) as error:
+            return f"MongoDB does not answer: {redact(str(error)) or 'no answer in time'}"
+        return None
+
+
+async def _provision(log: Database, state: _State, stopping: asyncio.Event, *, provision: bool) -> bool:
+    """Makes what the log lacks as soon as MongoDB is there; False when `stopping` came first."""
+    task = asyncio.create_task(_provisioned(log, state, provision=provision))
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        return task.done() and not stopping.is_set()
+    finally:
+        for each in (task, stop):
+            each.cancel()
+        with contextlib.suppress(Exception):
+            await asyncio.gather(task, stop, return_exceptions=True)
+
+
+async def _provisioned(log: Database, state: _State, *, provision: bool) -> None:
+    async for attempt in stamina.retry_context(on=PyMongoError, attempts=None, timeout=None, wait_max=5.0):
+        with attempt:
+            try:
+                if provision:
+                    await indexes.provision(log)
+                else:
+                    await log.command("ping")
+            except PyMongoError as error:
+                reason = redact(str(error))
+                if state.waiting != reason:
+                    _log.warning("waiting_for_event_store", error=type(error).__name__, reason=reason[:500])
+                state.waiting = reason
+                raise
+    state.waiting = None
