@@ -21,6 +21,7 @@ import pymongo
 import structlog
 
 from eventstore.errors import Meaning, classify
+from projector import tasks
 from projector.aside import Aside, StoppedError
 from projector.changes import Changes, EventFailedError
 from projector.checkpoint import Checkpoint, FencedError, PartitionId
@@ -227,9 +228,7 @@ class _Loop:
             reader.result()
             await self._drain(writer)
         finally:
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            await tasks.end([reader, writer])
 
     async def _drain(self, writer: asyncio.Task[None]) -> None:
         """Writes what was folded, and the position, before the partition is given back."""
@@ -413,6 +412,5 @@ class OwnSource:
 
     async def close(self) -> None:
         """Ends reading and gives the cursor back."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await tasks.end([self._task])
         await self._stream.close()

@@ -6,10 +6,12 @@ a batch arrives whole, with the token after it, and the server sends only the fi
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from bson.int64 import Int64
+from pymongo.errors import PyMongoError
 
 from eventstore.errors import Meaning, classify
 from eventstore.event import EVENTS, SLOTS
@@ -107,6 +109,7 @@ class EventStream:
         self._session: AsyncClientSession | None = None
         self._cursor_id = 0
         self._light = False
+        self._stale = False
         self.position = position
 
     @property
@@ -114,9 +117,17 @@ class EventStream:
         """The event fields that it delivers beside the fixed ones; None for all."""
         return self._fields
 
+    def widen(self, fields: frozenset[str] | None) -> None:
+        """Has all batches from the next call of `next` on bring these fields; the cursor is opened anew for it."""
+        self._fields = fields
+        self._stale = True
+
     async def next(self, wait_ms: int = 1_000, limit: int = BATCH_EVENTS) -> Batch:
         """The next batch; an empty one, with a newer position, when nothing came for `wait_ms`."""
         try:
+            if self._stale:
+                self._stale = False
+                await self._forget_cursor()
             if not self._cursor_id:
                 await self._open()
             reply = await self._database.command(
@@ -168,15 +179,16 @@ class EventStream:
         )
         self._cursor_id = reply["cursor"]["id"]
 
-    async def close(self) -> None:
+    async def _forget_cursor(self) -> None:
         """Gives the server its cursor back; errors are of no interest any more."""
-        session, self._session = self._session, None
-        if session is None:
-            return
-        try:
-            await _kill(self._database, self._cursor_id, session)
-        except Exception:  # noqa: BLE001, S110 - the server drops the cursor by itself after 10 minutes
-            pass
-        finally:
-            self._cursor_id = 0
-            await session.end_session()
+        cursor_id, self._cursor_id = self._cursor_id, 0
+        if self._session is not None:
+            with contextlib.suppress(PyMongoError):  # the server drops it by itself after 10 minutes
+                await _kill(self._database, cursor_id, self._session)
+
+    async def close(self) -> None:
+        """Ends it."""
+        await self._forget_cursor()
+        if self._session is not None:
+            await self._session.end_session()
+            self._session = None
