@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOG ?= examples/shop/events.ndjson
+IMAGE ?= docker.io/eventprojector/eventprojector:0.1.0
+CLUSTER ?= ../shared/cluster
+CLUSTER_HOME ?= $(HOME)/.cache/cluster
 EXTRAS := operator tracing image embedded docs dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults lint format lock bench clean
+.PHONY: help install demo test faults lint format lock chart e2e bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +48,22 @@ lock: install ## write requirements/*.txt anew from pyproject.toml
 	done
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 	  | $(BIN)/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 - -o requirements/build.txt
+
+chart: install ## the chart's schema and README from its values.yaml
+	$(BIN)/python deploy/chart.py
+
+# A kubeconfig of the environment is not taken: it may be that of a cluster which is no place for tests.
+ifeq ($(origin KUBECONFIG),command line)
+e2e: install ## the chart on a real cluster; KUBECONFIG=FILE for a cluster of yours, IMAGE=… for an image that it can pull
+	KUBECONFIG=$(KUBECONFIG) IMAGE=$(IMAGE) $(BIN)/pytest -m e2e tests/e2e
+else
+e2e: install
+	$(CLUSTER)/build
+	$(CLUSTER)/up
+	$(CLUSTER)/image base
+	$(CLUSTER)/image build $(IMAGE) .
+	PATH=$(CLUSTER_HOME)/bin:$$PATH KUBECONFIG=$(CLUSTER_HOME)/kubeconfig IMAGE=$(IMAGE) $(BIN)/pytest -m e2e tests/e2e
+endif
 
 bench: install ## the benchmarks, each beside its peers on the same mongod
 	$(BIN)/python -m bench
