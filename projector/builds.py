@@ -17,13 +17,17 @@ from pymongo.errors import DuplicateKeyError
 
 from eventstore.indexes import ensure_collection
 from projector.build import Build
+from projector.catalog import STATUS
 from projector.checkpoint import CHECKPOINTS, PartitionId, ensure_layout
 from projector.lease import LEASES
 from projector.owned import MARK
 from projector.parking import PARKED, build_range
+from projector.status import REPORTS
 from projector.stream import position_now
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from eventstore.client import Database
     from projector.projection import Projection
 
@@ -36,6 +40,7 @@ __all__ = [
     "drop_build",
     "drop_projection",
     "ensure_build",
+    "obsolete",
     "partitions_of",
     "read_builds",
     "read_control",
@@ -167,6 +172,19 @@ async def cut_over(database: Database, control: Control, record: BuildRecord) ->
     )
 
 
+def obsolete(control: Control, records: Iterable[BuildRecord]) -> list[BuildRecord]:
+    """The builds of a projection that were overtaken: older than the live one, and not the one before it.
+
+    A younger one that is no candidate may be just about to become it.
+    """
+    mine = {record.id: record for record in records if record.projection == control.name}
+    live = mine.get(control.live or "")
+    if live is None:
+        return []
+    kept = (control.live, control.candidate, control.previous)
+    return [record for record in mine.values() if record.id not in kept and record.created_at < live.created_at]
+
+
 async def drop_build(database: Database, record: BuildRecord) -> None:
     """Removes a build with all that belongs to it: checkpoints first, which fences whoever still runs it."""
     await database[CHECKPOINTS].delete_many({"build": record.id})
@@ -174,6 +192,7 @@ async def drop_build(database: Database, record: BuildRecord) -> None:
     await database.drop_collection(f"{record.collection}.marks")
     await database[PARKED].delete_many({"_id": build_range(record.id)})
     await database[LEASES].delete_many({"_id": build_range(record.id)})
+    await database[REPORTS].delete_many({"_id": build_range(record.id)})
     await database[BUILDS].delete_one({"_id": record.id})
 
 
@@ -182,6 +201,7 @@ async def drop_projection(database: Database, name: str) -> None:
     for record in (await read_builds(database, name)).values():
         await database.drop_collection(record.view)
         await drop_build(database, record)
+    await database[STATUS].delete_one({"_id": name})
     await database[PROJECTIONS].delete_one({"_id": name})
 
 

@@ -70,9 +70,6 @@ class DatabaseCatalog:
                 manual_cutover=record.rebuild.get("cutover") == "Manual",
             )
         await self._part(wanted, problems)
-        for name, problem in problems.items():
-            if self.problems.get(name) != problem:
-                _log.error("definition_invalid", projection=name, reason=problem)
         self.problems = problems
         return list(wanted.values())
 

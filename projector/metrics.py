@@ -97,3 +97,9 @@ class Metrics:
         """Makes `state` the one that is 1."""
         for known in HEALTH_STATES:
             self.health.labels(projection, known).set(known == state)
+
+    def forget(self, projection: str) -> None:
+        """Removes every series of a projection that is gone: a gauge that nobody sets any more would go on alerting."""
+        for metric in vars(self).values():
+            if "projection" in getattr(metric, "_labelnames", ()):
+                metric.remove_by_labels({"projection": projection})

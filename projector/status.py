@@ -62,8 +62,12 @@ class Reports:
         controls: Mapping[str, Control],
         runnable: Mapping[str, tuple[Build, Control]],
         peers: Mapping[str, Any],
+        problems: Mapping[str, str],
     ) -> None:
-        """Reports of the partitions that run here, then the status of the projections of this replica."""
+        """Reports of the partitions that run here, then the status of the projections of this replica.
+
+        `problems` says in words why a projection does not run as its definition has it.
+        """
         self._metrics.replicas.set(len(peers))
         await self._ask_oplog()
         if running:
@@ -77,7 +81,10 @@ class Reports:
         for name, control in controls.items():
             self._set_gauges(name, control, running)
             if any(item.build.projection.name == name for item in running.values()) or control.paused or control.failed:
-                await self._write_status(control, runnable)
+                await self._write_status(control, runnable, problems.get(name))
+        for name in problems.keys() - controls.keys():  # it has never run
+            status = {"state": "failed", "error": problems[name], "updatedAt": datetime.datetime.now(datetime.UTC)}
+            await self._database[STATUS].update_one({"_id": name}, {"$set": status}, upsert=True)
 
     def _report(self, partition: Partition) -> dict[str, Any]:
         progress = partition.progress
@@ -124,7 +131,9 @@ class Reports:
         if times:
             self._metrics.token_age.labels(name).set(max(0.0, time.time() - min(times)))
 
-    async def _write_status(self, control: Control, runnable: Mapping[str, tuple[Build, Control]]) -> None:
+    async def _write_status(
+        self, control: Control, runnable: Mapping[str, tuple[Build, Control]], problem: str | None
+    ) -> None:
         """The sum of all reports of a projection; every replica that runs a part writes the same."""
         shown = control.live or control.candidate
         if shown is None:
@@ -157,7 +166,9 @@ class Reports:
                 }
                 for report in sorted(reports, key=lambda report: report["number"])
             ],
-            "error": control.failed or next((report["error"] for report in reports if report["error"]), None),
+            "error": control.failed
+            or problem
+            or next((report["error"] for report in reports if report["error"]), None),
             "updatedAt": datetime.datetime.now(datetime.UTC),
         }
         await self._database[STATUS].update_one({"_id": control.name}, {"$set": status}, upsert=True)

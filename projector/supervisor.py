@@ -14,12 +14,22 @@ import uuid
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import structlog
-from pymongo.errors import PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
 
 from eventstore.errors import Meaning, classify
 from projector.aside import StoppedError
 from projector.build import Build
-from projector.builds import Control, cut_over, ensure_build, partitions_of, read_builds, read_controls, set_control
+from projector.builds import (
+    Control,
+    cut_over,
+    drop_build,
+    ensure_build,
+    obsolete,
+    partitions_of,
+    read_builds,
+    read_controls,
+    set_control,
+)
 from projector.checkpoint import FencedError, ensure_layout
 from projector.declared import from_definition
 from projector.errors import ProjectionError
@@ -29,7 +39,7 @@ from projector.sources import Sources
 from projector.status import Reports
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from eventstore.client import Database
     from projector.builds import BuildRecord
@@ -69,6 +79,10 @@ class Wanted:
 class Catalog(Protocol):
     """Where the projections come from."""
 
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """What was wrong with a projection's definition, by its name, at the last call of `wanted`."""
+
     async def wanted(self) -> Sequence[Wanted]:
         """All that shall run now; called every tick."""
 
@@ -77,6 +91,7 @@ class FixedCatalog:
     """Projections that were loaded once, from a folder or from modules."""
 
     def __init__(self, projections: Sequence[Projection]) -> None:
+        self.problems: Mapping[str, str] = {}
         self._wanted = [Wanted(projection) for projection in projections]
 
     async def wanted(self) -> Sequence[Wanted]:
@@ -133,11 +148,14 @@ class Supervisor:
         self.sources = Sources(log)
         self.reports = Reports(log, database, metrics, self.owner)
         self.running: dict[str, _Running] = {}
+        self.projections: dict[str, Projection] = {}
+        """What the catalog wanted last, by name."""
         self.last_tick = 0.0
         """`time.monotonic()` of the last tick that went through."""
         self._catalog = catalog
         self._started: set[str] = set()
-        self._warned: set[str] = set()
+        self._problems: dict[str, str] = {}
+        self._reported: dict[str, str] = {}
         self._trouble = ""
 
     def source(self, build: Build, position: Position, slots: range) -> Source:
@@ -172,7 +190,7 @@ class Supervisor:
 
     async def tick(self) -> None:
         """One round of everything."""
-        controls, builds = await self._prepare()
+        controls, builds, able = await self._prepare()
         runnable = {build.id: (build, control) for build, control in builds}
         partitions = {
             str(partition): partition
@@ -183,52 +201,99 @@ class Supervisor:
         await self._reap(controls)
         for name in self.running.keys() - partitions.keys():
             self.running[name].stop()
-        peers = await self.leases.announce(sorted(runnable))
+        peers = await self.leases.announce(sorted(able))
         held = await self.leases.renew(self.running)
         for name in self.running.keys() - held:
             self.running[name].stop()
         await self._share(partitions, runnable, peers)
         await self._cut_over_candidates(runnable)
-        await self.reports.write(self.running, controls, runnable, peers)
+        self._report_problems()
+        await self.reports.write(self.running, controls, runnable, peers, self._problems)
 
-    async def _prepare(self) -> tuple[dict[str, Control], list[tuple[Build, Control]]]:
-        """Begins builds that are missing; returns the builds that this replica can run."""
+    async def _prepare(self) -> tuple[dict[str, Control], list[tuple[Build, Control]], set[str]]:
+        """Begins builds that are missing, drops those that are over; returns what is to run of what this replica can run,
+        and the ids of all builds that it could run."""
         wanted = {item.projection.name: item for item in await self._catalog.wanted()}
+        self.projections = {name: item.projection for name, item in wanted.items()}
+        self._problems = dict(self._catalog.problems)
+        self._count(wanted)
         controls = await read_controls(self.database)
         records = await read_builds(self.database)
         for name, item in wanted.items():
-            if name not in self._started:
-                self.metrics.start(name)
-                self._started.add(name)
             known = [record for record in records.values() if record.projection == name]
-            self._warn_of_changes(item, known)
+            self._check_version(item, known)
             if name not in controls or not any(record.version >= item.projection.version for record in known):
-                await ensure_build(
-                    self.log, self.database, item.projection, item.partitions or 1, manual_cutover=item.manual_cutover
-                )
+                with self._isolated(name):
+                    await ensure_build(
+                        self.log,
+                        self.database,
+                        item.projection,
+                        item.partitions or 1,
+                        manual_cutover=item.manual_cutover,
+                    )
                 controls, records = await read_controls(self.database), await read_builds(self.database)
             control = controls.get(name)
             if control is not None:
                 controls[name] = await self._follow(item, control)
         builds = []
+        able = set()
         for name, item in wanted.items():
             control = controls.get(name)
-            for build_id in (control.live, control.candidate) if control else ():
+            if control is None:
+                continue
+            for build_id in (control.live, control.candidate, control.previous):
                 record = records.get(build_id) if build_id else None
                 build = self._build_of(record, item.projection) if record else None
-                if build is not None and control is not None:
+                if build is None:
+                    continue
+                able.add(build.id)
+                if build_id in (control.live, control.candidate):
                     await ensure_layout(self.database, build.id, control.partitions)
                     builds.append((build, control))
-        return {name: controls[name] for name in wanted if name in controls}, builds
+            for record in obsolete(control, records.values()):
+                _log.info("build_dropped", projection=name, build=record.id)
+                await drop_build(self.database, record)
+        return {name: controls[name] for name in wanted if name in controls}, builds, able
 
-    def _warn_of_changes(self, item: Wanted, known: list[BuildRecord]) -> None:
-        """A definition that changed without a new version is not what runs: that must not go unnoticed."""
+    def _count(self, wanted: Mapping[str, Wanted]) -> None:
+        """Begins the metrics of new projections, and ends those of projections that are gone."""
+        for name in wanted.keys() - self._started:
+            self.metrics.start(name)
+        for name in self._started - wanted.keys():
+            self.metrics.forget(name)
+        self._started = set(wanted)
+
+    def _check_version(self, item: Wanted, known: list[BuildRecord]) -> None:
+        """A definition that is not what runs must not go unnoticed."""
         projection = item.projection
         for record in known:
-            changed = record.version == projection.version and record.definition != projection.definition
-            if changed and record.id not in self._warned:
-                self._warned.add(record.id)
-                _log.error("definition_changed_without_version", projection=projection.name, version=record.version)
+            if record.version == projection.version and record.definition != projection.definition:
+                self._problems.setdefault(
+                    projection.name,
+                    f"the definition of version {projection.version} has changed: what was built runs on; raise the version",
+                )
+        newest = max((record.version for record in known), default=0)
+        if newest > projection.version:
+            self._problems.setdefault(
+                projection.name, f"version {projection.version} is not run, since there is a version {newest}"
+            )
+
+    @contextlib.contextmanager
+    def _isolated(self, name: str) -> Iterator[None]:
+        """What MongoDB refuses of one projection (an index that it cannot make, a collection in the view's place) is that
+        projection's problem, and does not stop the others."""
+        try:
+            yield
+        except OperationFailure as error:
+            if classify(error) not in {Meaning.UNEXPECTED, Meaning.INDEX_CONFLICT, Meaning.REJECTED, Meaning.DUPLICATE}:
+                raise
+            self._problems[name] = f"MongoDB refused it (code {error.code}): {error!s:.500}"
+
+    def _report_problems(self) -> None:
+        for name, problem in self._problems.items():
+            if self._reported.get(name) != problem:
+                _log.error("projection_problem", projection=name, reason=problem)
+        self._reported = dict(self._problems)
 
     def _build_of(self, record: BuildRecord, projection: Projection) -> Build | None:
         """The build of a record, where this replica has its code: Python of this version, or the declared form."""
@@ -320,8 +385,11 @@ class Supervisor:
             if not await self.reports.caught_up(build, control.partitions):
                 continue
             record = (await read_builds(self.database, control.name)).get(build.id)
-            if record is not None and await cut_over(self.database, control, record):
-                _log.info("cut_over", projection=control.name, build=build.id)
+            if record is None:
+                continue
+            with self._isolated(control.name):
+                if await cut_over(self.database, control, record):
+                    _log.info("cut_over", projection=control.name, build=build.id)
 
     async def _shut_down(self) -> None:
         """Ends all partitions at once, gives their leases back, and says good-bye."""
