@@ -8,16 +8,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from pymongo import ASCENDING, DESCENDING
+from pymongo.read_concern import ReadConcern
 
 from eventstore.event import EVENTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
+    from pymongo.asynchronous.client_session import AsyncClientSession
+    from pymongo.asynchronous.cursor import AsyncCursor
+
     from eventstore.client import Database
     from eventstore.event import EventDocument
 
-__all__ = ["all_heads", "events_after", "events_by_id", "head", "heads", "history", "pages"]
+__all__ = [
+    "all_heads",
+    "events_after",
+    "events_by_id",
+    "fence",
+    "find_by_id",
+    "find_history",
+    "head",
+    "heads",
+    "history",
+    "pages",
+]
 
 PAGE: Final = 1_000
 """Events read at once: at 1 KiB an event a page is 1 MiB, far from any limit, and the round trip is paid for."""
