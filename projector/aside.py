@@ -58,6 +58,9 @@ class Workshop(Protocol):
     def count(self, **outcomes: int) -> None:
         """Counts events by outcome."""
 
+    async def flush(self) -> None:
+        """Writes what has been folded."""
+
 
 class ParkedWrites:
     """Records to write and to delete within the transaction of a batch."""
@@ -198,9 +201,11 @@ class Aside:
 
     async def _turn(self, aggregate_id: str, record: Parked | None) -> None:
         loop, folder = self._loop, self._loop.folder
+        if record is not None:
+            await loop.flush()  # what an earlier turn folded must not be forgotten now, or it would never get on
         async with loop.writing:  # nothing of it is under way while it is read
             folder.discard(aggregate_id)
-            await folder.load([aggregate_id])
+            await folder.load({aggregate_id})
         until, budget = None, TURN_EVENTS
         if record is not None and record.category == "write":
             budget = 1  # a refused document does not tell which of its events it was
@@ -211,7 +216,10 @@ class Aside:
         if failure is not None:
             self.fail(failure)
         elif complete and folder.mark(aggregate_id) >= self._seen.get(aggregate_id, 0):
-            self._release(aggregate_id)
+            if record is not None:
+                await loop.flush()  # only now it shows whether MongoDB takes the document
+            if self.records.get(aggregate_id) is record:
+                self._release(aggregate_id)
         elif complete:
             number = folder.mark(aggregate_id) + 1
             self.fail(

@@ -11,16 +11,31 @@ import abc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import bson
+from bson.raw_bson import RawBSONDocument
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from bson.raw_bson import RawBSONDocument
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
-    from projector.projection import Event
+    from projector.projection import Event, State
 
-__all__ = ["Changes", "DocumentWrites", "EventFailedError", "Failure", "Folder", "Outcome", "Tally", "write_documents"]
+__all__ = [
+    "Changes",
+    "DocumentWrites",
+    "EventFailedError",
+    "Failure",
+    "Folder",
+    "Outcome",
+    "Tally",
+    "encode_document",
+    "write_documents",
+]
+
+MAX_DOCUMENT_BYTES: Final = 16 * 2**20 - 1024
+"""MongoDB's limit for a document, less what a command puts around it."""
 
 COMMAND_BYTES: Final = 12 * 2**20
 """Documents of one command: below the 16 MiB that MongoDB allows for it, with room for keys and session."""
@@ -114,12 +129,8 @@ class Folder(abc.ABC):
     """Order check and fold of one partition's events, in memory."""
 
     @abc.abstractmethod
-    async def load(self, aggregate_ids: Collection[str]) -> None:
-        """Brings the marks (and documents) of aggregates into memory that are not there."""
-
-    @abc.abstractmethod
-    def missing(self, events: Sequence[Event]) -> set[str]:
-        """The aggregates of these events that are not in memory."""
+    async def load(self, aggregate_ids: set[str]) -> None:
+        """Sees to it that the marks (and documents) of these aggregates are in memory until the next call."""
 
     @abc.abstractmethod
     def fold(self, events: Sequence[Event], aside: Collection[str]) -> Outcome:
@@ -145,6 +156,14 @@ class Folder(abc.ABC):
     @abc.abstractmethod
     def take(self) -> tuple[Changes, list[Failure]]:
         """Hands over all changes since the last time, and the failures of those that cannot be stored."""
+
+
+def encode_document(document: State) -> RawBSONDocument:
+    """The document as BSON. Raises ValueError when it is over MongoDB's limit, and what bson raises for what it cannot encode."""
+    raw = bson.encode(document)
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"the document would have {len(raw)} bytes, more than the 16 MiB that MongoDB allows")
+    return RawBSONDocument(raw)
 
 
 async def write_documents(

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import bson
 from bson.int64 import Int64
-from bson.raw_bson import RawBSONDocument
 
-from projector.changes import Changes, DocumentWrites, Failure, Folder, Outcome, write_documents
+from projector.changes import Changes, DocumentWrites, Failure, Folder, Outcome, encode_document, write_documents
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -96,23 +94,17 @@ class OwnedFolder(Folder):
     def pending(self) -> int:
         return self._pending
 
-    def missing(self, events: Sequence[Event]) -> set[str]:
+    async def load(self, aggregate_ids: set[str]) -> None:
+        self._make_room()
         young, old = self._young, self._old
-        ids = {event["aggregateId"] for event in events}
-        missing = ids.difference(young)
-        for aggregate_id in [found for found in missing if found in old]:
-            young[aggregate_id] = old.pop(aggregate_id)
-            missing.discard(aggregate_id)
-        return missing
-
-    async def load(self, aggregate_ids: Collection[str]) -> None:
-        wanted = [found for found in aggregate_ids if found not in self._young]
+        wanted = list(aggregate_ids.difference(young))
+        if old:
+            young.update({found: old.pop(found) for found in wanted if found in old})
+            wanted = [found for found in wanted if found not in young]
         if not wanted:
             return
-        self._make_room()
         collection = self._database[self._build.collection]
         found: list[dict[str, Any]] = await collection.find({"_id": {"$in": wanted}}).to_list(len(wanted))
-        young = self._young
         for document in found:
             mark = int(document.pop(MARK, 0))
             young[document["_id"]] = _Entry(mark, document, stored=True)
@@ -190,7 +182,6 @@ class OwnedFolder(Folder):
         failures: list[Failure] = []
         dirty, self._dirty = self._dirty, {}
         events, self._pending = self._pending, 0
-        encode = bson.encode
         for aggregate_id, entry in dirty.items():
             state = entry.state
             if state is None:
@@ -204,8 +195,8 @@ class OwnedFolder(Folder):
             whole["_id"] = aggregate_id  # a handler may have put anything there
             try:
                 # Encoded now, since folding goes on in the same document while this is being written.
-                document = RawBSONDocument(encode(whole))
-            except Exception as error:  # noqa: BLE001 - whatever cannot be BSON: an int beyond int64, an unknown type
+                document = encode_document(whole)
+            except Exception as error:  # noqa: BLE001 - an int beyond int64, an unknown type, too large
                 failures.append(_cannot_store(aggregate_id, entry, error))
                 continue
             entry.event = None

@@ -276,7 +276,7 @@ class _Loop:
         if events:
             await self._fold(events, light=batch.light)
         if batch.last_event_time is not None:
-            self._newest = self.progress.last_event_time = batch.last_event_time.time
+            self._newest = self.progress.last_event_time = batch.last_event_time
         self._drained = len(events) < BATCH_EVENTS
         if self._drained:
             self.progress.state, self.progress.error = "live", None
@@ -290,9 +290,7 @@ class _Loop:
             await self._room.wait()
 
     async def _fold(self, events: list[dict[str, Any]], *, light: bool) -> None:
-        missing = self.folder.missing(events)
-        if missing:
-            await self.folder.load(missing)
+        await self.folder.load({event["aggregateId"] for event in events})
         started = time.perf_counter()
         if light:  # the events came without payload: whatever is new of them must be read from the log
             gaps = {

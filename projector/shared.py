@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import bson
 from bson.int64 import Int64
-from bson.raw_bson import RawBSONDocument
 
 from projector.changes import (
     Changes,
@@ -20,6 +18,7 @@ from projector.changes import (
     Failure,
     Folder,
     Outcome,
+    encode_document,
     write_documents,
 )
 
@@ -89,7 +88,7 @@ def _add(writes: DocumentWrites, key: Any, state: State | None, event: Event, *,
             writes.deletes.append(key)
         return
     try:
-        document = RawBSONDocument(bson.encode({"_id": key, **state, "_id": key}))  # noqa: F601 - first place, last word
+        document = encode_document({"_id": key} | state | {"_id": key})
     except Exception as error:
         raise EventFailedError(Failure.of(event, "write", error)) from error
     if stored:
@@ -116,15 +115,12 @@ class SharedFolder(Folder):
     def pending(self) -> int:
         return len(self._accepted) or len(self._dirty)
 
-    def missing(self, events: Sequence[Event]) -> set[str]:
-        return {event["aggregateId"] for event in events}.difference(self._marks)
-
-    async def load(self, aggregate_ids: Collection[str]) -> None:
-        wanted = [found for found in aggregate_ids if found not in self._marks]
+    async def load(self, aggregate_ids: set[str]) -> None:
+        wanted = list(aggregate_ids.difference(self._marks))
         if not wanted:
             return
         if len(self._marks) + len(wanted) > CACHED_MARKS:  # what is being written or waits for it stays
-            kept = {*self._in_flight, *self._dirty}
+            kept = {*self._in_flight, *self._dirty, *aggregate_ids}
             self._marks = {aggregate: mark for aggregate, mark in self._marks.items() if aggregate in kept}
         rows = await self._database[self._build.marks].find({"_id": {"$in": wanted}}).to_list(len(wanted))
         found = {row["_id"]: int(row["mark"]) for row in rows}
