@@ -16,13 +16,13 @@ from aiohttp import web
 from pymongo.errors import PyMongoError
 
 from appender import openapi
-from appender.auth import Tokens
 from appender.committer import Committer
 from appender.endpoint import Endpoints
 from appender.metrics import Metrics
 from appender.routes import Routes
 from appender.topology import PrimaryWatcher
 from eventstore import indexes
+from eventstore.auth import Tokens
 from eventstore.client import connect, open_database
 from eventstore.service import add_ops_routes
 
@@ -64,7 +64,7 @@ async def open_app(
     """An application that appends to the event store of `store`, and its committer; both end with the context.
 
     MongoDB may be away: appends are refused and `/readyz` says so until the log's collection and unique index are there.
-    `client_options` go to pymongo. Raises `appender.auth.TokensMissingError`.
+    `client_options` go to pymongo. Raises `eventstore.auth.TokensMissingError`.
     """
     tokens = Tokens(settings.token_file) if settings.token_file is not None else None
     watcher = PrimaryWatcher(asyncio.get_running_loop())

@@ -9,10 +9,10 @@ import structlog
 from pydantic import ValidationError
 
 from appender.app import serve
-from appender.auth import TokensMissingError
 from appender.metrics import Metrics
 from appender.settings import AppenderSettings
 from eventstore import __version__, logs, service
+from eventstore.auth import TokensMissingError
 from eventstore.settings import EventStoreSettings
 
 __all__ = ["main"]

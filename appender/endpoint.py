@@ -10,12 +10,13 @@ import structlog
 from aiohttp import web
 
 from appender.problems import Internal, Problem, SlowRequest, TooLarge, Unauthorized, UnsupportedMediaType
+from eventstore.problems import MEDIA_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from appender.auth import Tokens
     from appender.metrics import Metrics
+    from eventstore.auth import Tokens
 
 __all__ = ["JSON", "NDJSON", "Endpoints", "json_response", "media_type", "read_body", "render"]
 
@@ -23,7 +24,7 @@ _log = structlog.get_logger(__name__)
 
 JSON: Final = "application/json"
 NDJSON: Final = "application/x-ndjson"
-PROBLEM: Final = "application/problem+json"
+
 
 _JSON_HEADERS: Final = {"Content-Type": JSON}
 
@@ -83,7 +84,7 @@ class Endpoints:
 def render(problem: Problem) -> web.Response:
     """A problem as an answer."""
     return web.Response(
-        body=problem.encode(), status=problem.status, headers={"Content-Type": PROBLEM, **problem.headers}
+        body=problem.encode(), status=problem.status, headers={"Content-Type": MEDIA_TYPE, **problem.headers}
     )
 
 

@@ -8,12 +8,13 @@ import msgspec
 
 from appender import requests
 from appender.cloudevents import BATCH, STRUCTURED
-from appender.endpoint import JSON, NDJSON, PROBLEM
+from appender.endpoint import JSON, NDJSON
 from appender.history import MAX_PAGE_EVENTS
-from appender.problems import TYPES, type_uri
+from appender.problems import TYPES
 from appender.routes import EVENTS_PATH, HEAD_PATH, HISTORY_PATH
 from eventstore import __version__
 from eventstore.event import INT64_MAX, MAX_AGGREGATE_ID_BYTES
+from eventstore.problems import MEDIA_TYPE, type_uri
 
 __all__ = ["document", "encode"]
 
@@ -208,7 +209,7 @@ def _appended(name: str) -> dict[str, Any]:
 
 
 def _problem(text: str) -> dict[str, Any]:
-    return {"description": text, "content": {PROBLEM: {"schema": _ref("ProblemDocument")}}}
+    return {"description": text, "content": {MEDIA_TYPE: {"schema": _ref("ProblemDocument")}}}
 
 
 def _problems(*codes: str) -> dict[str, Any]:

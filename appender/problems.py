@@ -22,10 +22,9 @@ The appender's inner parts raise them or hand them over as the outcome of an app
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import msgspec
+from eventstore.problems import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,41 +47,7 @@ __all__ = [
     "Unauthorized",
     "Unavailable",
     "UnsupportedMediaType",
-    "type_uri",
 ]
-
-
-def type_uri(name: str) -> str:
-    """The `type` of a problem: a URN, since it identifies and need not resolve."""
-    return f"urn:eventprojector:problem:{name}"
-
-
-class Problem(Exception):  # noqa: N818 - RFC 9457's own word
-    """A refusal with its status, stable type, and text; `members` are RFC 9457 extension members."""
-
-    status: ClassVar[int]
-    name: ClassVar[str]
-    title: ClassVar[str]
-    headers: Mapping[str, str] = MappingProxyType({})
-
-    def __init__(self, detail: str, **members: Any) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.members = members
-
-    def document(self) -> dict[str, Any]:
-        """The problem document, without absent members."""
-        members = {key: value for key, value in self.members.items() if value is not None}
-        return {
-            "type": type_uri(self.name),
-            "title": self.title,
-            "status": self.status,
-            "detail": self.detail,
-        } | members
-
-    def encode(self) -> bytes:
-        """The problem document as JSON."""
-        return msgspec.json.encode(self.document())
 
 
 class Malformed(Problem):

@@ -1,4 +1,4 @@
-"""Bearer tokens from a file, which may be replaced while the appender runs."""
+"""Bearer tokens from a file, which may be replaced while the process runs."""
 
 from __future__ import annotations
 
