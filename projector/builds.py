@@ -19,6 +19,8 @@ from eventstore.indexes import ensure_collection
 from projector.build import Build
 from projector.catalog import STATUS
 from projector.checkpoint import CHECKPOINTS, PartitionId, ensure_layout
+from projector.declared import from_definition
+from projector.errors import ProjectionError
 from projector.lease import LEASES
 from projector.owned import MARK
 from projector.parking import PARKED, build_range
@@ -36,6 +38,7 @@ __all__ = [
     "PROJECTIONS",
     "BuildRecord",
     "Control",
+    "build_of",
     "cut_over",
     "drop_build",
     "drop_projection",
@@ -109,6 +112,16 @@ async def set_control(database: Database, name: str, *, where: dict[str, Any] | 
     """Sets fields of a projection's document where `where` holds; False when it did not."""
     result = await database[PROJECTIONS].update_one({"_id": name, **(where or {})}, {"$set": fields})
     return bool(result.matched_count)
+
+
+def build_of(record: BuildRecord, code: Projection | None) -> Build | None:
+    """The build of a record, where its fold is at hand: its declared form, or Python code of the same version."""
+    if record.definition is not None:
+        try:
+            return Build(from_definition(record.definition), record.number)
+        except ProjectionError:
+            return None  # written by a newer version of ours
+    return Build(code, record.number) if code is not None and code.version == record.version else None
 
 
 async def ensure_build(

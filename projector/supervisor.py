@@ -18,9 +18,9 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from eventstore.errors import Meaning, classify
 from projector.aside import StoppedError
-from projector.build import Build
 from projector.builds import (
     Control,
+    build_of,
     cut_over,
     drop_build,
     ensure_build,
@@ -31,17 +31,17 @@ from projector.builds import (
     set_control,
 )
 from projector.checkpoint import FencedError, ensure_layout
-from projector.declared import from_definition
-from projector.errors import ProjectionError
 from projector.lease import Leases
 from projector.partition import Partition
 from projector.sources import Sources
 from projector.status import Reports
 
 if TYPE_CHECKING:
+    import datetime
     from collections.abc import Iterator, Mapping, Sequence
 
     from eventstore.client import Database
+    from projector.build import Build
     from projector.builds import BuildRecord
     from projector.checkpoint import PartitionId
     from projector.metrics import Metrics
@@ -154,6 +154,7 @@ class Supervisor:
         """`time.monotonic()` of the last tick that went through."""
         self._catalog = catalog
         self._started: set[str] = set()
+        self._able: dict[tuple[str, datetime.datetime], Build] = {}  # also builds that are not to run: for a rollback
         self._problems: dict[str, str] = {}
         self._reported: dict[str, str] = {}
         self._trouble = ""
@@ -190,7 +191,7 @@ class Supervisor:
 
     async def tick(self) -> None:
         """One round of everything."""
-        controls, builds, able = await self._prepare()
+        controls, builds = await self._prepare()
         runnable = {build.id: (build, control) for build, control in builds}
         partitions = {
             str(partition): partition
@@ -201,7 +202,7 @@ class Supervisor:
         await self._reap(controls)
         for name in self.running.keys() - partitions.keys():
             self.running[name].stop()
-        peers = await self.leases.announce(sorted(able))
+        peers = await self.leases.announce(sorted(build.id for build in self._able.values()))
         held = await self.leases.renew(self.running)
         for name in self.running.keys() - held:
             self.running[name].stop()
@@ -210,9 +211,8 @@ class Supervisor:
         self._report_problems()
         await self.reports.write(self.running, controls, runnable, peers, self._problems)
 
-    async def _prepare(self) -> tuple[dict[str, Control], list[tuple[Build, Control]], set[str]]:
-        """Begins builds that are missing, drops those that are over; returns what is to run of what this replica can run,
-        and the ids of all builds that it could run."""
+    async def _prepare(self) -> tuple[dict[str, Control], list[tuple[Build, Control]]]:
+        """Begins builds that are missing, drops those that are over; returns what is to run of what this replica can run."""
         wanted = {item.projection.name: item for item in await self._catalog.wanted()}
         self.projections = {name: item.projection for name, item in wanted.items()}
         self._problems = dict(self._catalog.problems)
@@ -236,24 +236,28 @@ class Supervisor:
             if control is not None:
                 controls[name] = await self._follow(item, control)
         builds = []
-        able = set()
+        able: dict[tuple[str, datetime.datetime], Build] = {}
         for name, item in wanted.items():
             control = controls.get(name)
             if control is None:
                 continue
             for build_id in (control.live, control.candidate, control.previous):
                 record = records.get(build_id) if build_id else None
-                build = self._build_of(record, item.projection) if record else None
+                if record is None:
+                    continue
+                key = record.id, record.created_at
+                build = self._able.get(key) or build_of(record, item.projection)
                 if build is None:
                     continue
-                able.add(build.id)
+                able[key] = build
                 if build_id in (control.live, control.candidate):
                     await ensure_layout(self.database, build.id, control.partitions)
                     builds.append((build, control))
             for record in obsolete(control, records.values()):
                 _log.info("build_dropped", projection=name, build=record.id)
                 await drop_build(self.database, record)
-        return {name: controls[name] for name in wanted if name in controls}, builds, able
+        self._able = able
+        return {name: controls[name] for name in wanted if name in controls}, builds
 
     def _count(self, wanted: Mapping[str, Wanted]) -> None:
         """Begins the metrics of new projections, and ends those of projections that are gone."""
@@ -294,15 +298,6 @@ class Supervisor:
             if self._reported.get(name) != problem:
                 _log.error("projection_problem", projection=name, reason=problem)
         self._reported = dict(self._problems)
-
-    def _build_of(self, record: BuildRecord, projection: Projection) -> Build | None:
-        """The build of a record, where this replica has its code: Python of this version, or the declared form."""
-        if record.definition is not None:
-            try:
-                return Build(from_definition(record.definition), record.number)
-            except ProjectionError:
-                return None  # written by a newer version of ours
-        return Build(projection, record.number) if record.version == projection.version else None
 
     async def _follow(self, item: Wanted, control: Control) -> Control:
         """Takes over what the catalog says of partitions, pause and cut-over, where it says anything."""
