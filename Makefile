@@ -9,7 +9,7 @@ CLUSTER_HOME ?= $(HOME)/.cache/cluster
 EXTRAS := operator tracing image embedded docs dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults lint format lock chart e2e bench clean
+.PHONY: help install demo test faults lint format lock chart dashboards docs e2e bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,13 @@ chart: install ## the chart's schema and README from its values.yaml
 
 # A kubeconfig of the environment is not taken: it may be that of a cluster which is no place for tests.
 ifeq ($(origin KUBECONFIG),command line)
+dashboards: install ## write the chart's Grafana dashboards anew from deploy/observability
+	$(BIN)/python -m deploy.observability.dashboards
+
+docs: install ## write the generated pages anew and build the site, strictly, into site/
+	$(BIN)/python -m deploy.observability.pages
+	$(BIN)/mkdocs build --quiet --strict
+
 e2e: install ## the chart on a real cluster; KUBECONFIG=FILE for a cluster of yours, IMAGE=… for an image that it can pull
 	KUBECONFIG=$(KUBECONFIG) IMAGE=$(IMAGE) $(BIN)/pytest -m e2e tests/e2e
 else
