@@ -93,6 +93,7 @@ class _Pass:
         self.states: dict[str, IndexStatus] = {}
         self.claims: dict[str, Claim] = {}
         self.busy = False
+        self.dropped: set[str] = set()
 
     async def run(self) -> Alignment:
         found = await measure.indexes_of(self.database, self.target.collection) or []
@@ -239,10 +240,11 @@ class _Pass:
 
     async def _drop(self, name: str) -> None:
         await _drop(self.target, name)
+        self.dropped.add(name)
 
     def _report_foreign(self, found: Sequence[Found], steps: Sequence[Step]) -> None:
         known = {index.name for index in self.wishes.indexes} | set(self.claims) | {ID_INDEX}
-        known |= {step.wanted.name for step in steps}
+        known |= {step.wanted.name for step in steps} | self.dropped
         self.result.foreign = sorted(one.index.name for one in found if one.index.name not in known)
 
     def _blocked(self, step: Step) -> None:

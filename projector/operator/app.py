@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import random
 import time
@@ -22,7 +23,6 @@ from aiohttp import web
 from prometheus_client.aiohttp import make_aiohttp_handler
 from pymongo.errors import PyMongoError
 
-from eventstore.logs import redact
 from eventstore.settings import EventStoreSettings
 from projector.operator import injector
 from projector.operator.build import Builder
@@ -32,7 +32,7 @@ from projector.operator.eventstore import EventStoreKind
 from projector.operator.kubernetes import Secrets, login
 from projector.operator.metrics import Metrics
 from projector.operator.mongo import Connections, MongoAwayError
-from projector.operator.passes import Context, Resource, run_pass
+from projector.operator.passes import Context, Resource, brief, run_pass
 from projector.operator.projection import ProjectionKind
 from projector.operator.resources import API_VERSION, GROUP, Condition
 from projector.operator.settings import InjectorSettings, OperatorSettings
@@ -55,7 +55,12 @@ _KIND_OF: Final[dict[str, EventStoreKind | ProjectionKind]] = {
 _JITTER: Final = 0.1
 """Part of the resync interval by which passes are spread, so that hundreds of resources do not march in step."""
 
-_DELETE_RETRY_SECONDS: Final = 15.0
+_ECHO_SECONDS: Final = 5.0
+"""So long a status that was written may take to come back by the watch; one that still differs then was changed by
+somebody else, and is written again."""
+
+_LAST_PASS_SECONDS: Final = 8.0
+"""So long an end waits for the pass that runs: above the 5 s after which a question to an absent MongoDB is given up."""
 
 
 @dataclass
@@ -66,7 +71,10 @@ class _Tracked:
     due: float = field(default_factory=time.monotonic)
     """`time.monotonic` of the next pass."""
     status: dict[str, Any] | None = None
-    """The newest status, which a patch that was held up must write instead of its own."""
+    """The newest status, which a patch that was held up must write instead of its own, and which a pass goes on from:
+    the resource that kopf shows lags behind what was just written."""
+    written: float = 0.0
+    """`time.monotonic` of the last write of the status."""
     view: View | None = None
 
 
@@ -96,6 +104,7 @@ class Operator:
         )
         self._tracked: dict[str, _Tracked] = {}
         self._servers: list[web.AppRunner] = []
+        self._ending = asyncio.Event()
         self.port: int | None = None
         """Port of the ops server once it listens."""
 
@@ -149,6 +158,12 @@ class Operator:
         _log.info("operator_started", port=self.port, namespaces=list(self.settings.namespaces) or "all")
 
     async def _stop(self, **_: Any) -> None:
+        self._ending.set()  # no pass begins any more
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_PASS_SECONDS):
+                for tracked in list(self._tracked.values()):
+                    async with tracked.lock:
+                        pass
         await self.context.builder.close()
         await self.context.connections.close()
         for runner in self._servers:
@@ -161,7 +176,7 @@ class Operator:
     async def _tick(self, *, body: kopf.Body, patch: kopf.Patch, **more: Any) -> None:
         event_stores = more["event_stores"]
         tracked = self._tracked.get(body["metadata"]["uid"])
-        if tracked is None:
+        if tracked is None or self._ending.is_set():
             return  # the handlers have not been through yet
         if time.monotonic() < tracked.due and not await self._has_news(body, tracked, event_stores):
             return
@@ -186,17 +201,26 @@ class Operator:
             tracked.due = time.monotonic()
 
         async with tracked.lock:
+            if self._ending.is_set():
+                return
             resource = Resource.from_body(body)  # it may have changed while we waited
+            shown, before = resource.status, tracked.status if tracked.status is not None else resource.status
+            resource = dataclasses.replace(resource, status=before)
             tracked.due = float("inf")
             if isinstance(kind, ProjectionKind):
                 tracked.view = None if resource.paused else await kind.view(context, resource)
             outcome = await run_pass(cast("Any", kind), context, resource, done)
+            if self._ending.is_set():
+                return  # it was cut short: what it says of the resource is not true
             interval = self.settings.poll_seconds if outcome.soon else self.settings.resync_seconds
             interval *= random.uniform(1 - _JITTER, 1)  # noqa: S311 - a jitter
             tracked.due = min(tracked.due, time.monotonic() + interval)
             tracked.status = outcome.status
-            if outcome.status != resource.status:
+            now = time.monotonic()
+            if outcome.status != before or (outcome.status != shown and now > tracked.written + _ECHO_SECONDS):
+                tracked.written = now
                 patch.fns.append(_write_status(tracked))
+            if outcome.status != before:
                 self._announce(body, resource, outcome.status)
 
     def _announce(self, body: kopf.Body, resource: Resource, status: Mapping[str, Any]) -> None:
@@ -232,9 +256,9 @@ class Operator:
             except msgspec.ValidationError:
                 pass  # it was never reconciled: there is nothing to undo
             except (PyMongoError, MongoAwayError) as error:
-                why = redact(str(error))[:200]
+                why = brief(str(error))
                 kopf.event(body, type="Warning", reason="DeletionWaits", message=f"MongoDB: {why}")
-                raise kopf.TemporaryError(f"MongoDB: {why}", delay=_DELETE_RETRY_SECONDS) from error
+                raise kopf.TemporaryError(f"MongoDB: {why}", delay=3 * self.settings.poll_seconds) from error
         self._tracked.pop(resource.uid, None)
         self.metrics.forget(resource.kind, resource.namespace, resource.name)
         _log.info("resource_deleted", kind=resource.kind, namespace=resource.namespace, name=resource.name)
@@ -272,6 +296,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.posting.reporting_component = "eventprojector-operator"
     settings.posting.event_name_prefix = "eventprojector-"
     settings.networking.request_timeout = 30.0
+    settings.background.instant_exit_timeout = _LAST_PASS_SECONDS
     settings.process.ultimate_exiting_timeout = 60.0
     return settings
 

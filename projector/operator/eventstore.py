@@ -15,6 +15,7 @@ from projector.operator.build import Target
 from projector.operator.conditions import Verdict
 from projector.operator.indexes import Index
 from projector.operator.kubernetes import SecretUnreadableError
+from projector.operator.mongo import MongoAwayError
 from projector.operator.passes import BadResourceError, Context, Resource
 from projector.operator.resources import EventStoreSpec, EventStoreStatus, LogIndex
 
@@ -101,7 +102,7 @@ class EventStoreKind:
                 await ownership.release_all(mongo.database(spec.database), resource.owner)
         except (SecretUnreadableError, BadResourceError):
             return  # gone before the resource, as when a namespace is deleted: nothing can be done any more
-        except PyMongoError:
+        except (PyMongoError, MongoAwayError):
             if drop:
                 raise
 

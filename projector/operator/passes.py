@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from projector.operator.settings import OperatorSettings
     from projector.operator.statuses import Statuses
 
-__all__ = ["BadResourceError", "Context", "Outcome", "Resource", "run_pass"]
+__all__ = ["BadResourceError", "Context", "Outcome", "Resource", "brief", "run_pass"]
 
 _log: Final = structlog.stdlib.get_logger(__name__)
 
@@ -189,7 +189,7 @@ def _spec_of(kind: Kind[SpecT, StatusT], resource: Resource) -> SpecT:
 def verdict_of(error: Exception, resource: Resource) -> Verdict:
     """What an error says of the resource."""
     state: State = "Unknown"
-    text = _brief(redact(str(error)))
+    text = brief(str(error))
     match error:
         case BadResourceError():
             state, reason, text = "False", error.reason, redact(str(error))
@@ -199,7 +199,7 @@ def verdict_of(error: Exception, resource: Resource) -> Verdict:
             state, reason = "False", "InvalidConnection"
         case PyMongoError() if classify(error) is Meaning.DENIED:
             reply = error.details or {} if isinstance(error, OperationFailure) else {}
-            state, reason, text = "False", "AccessDenied", _brief(str(reply.get("errmsg", error)))
+            state, reason, text = "False", "AccessDenied", brief(str(reply.get("errmsg", error)))
         case MongoAwayError():
             reason = "MongoUnavailable"
         case PyMongoError() if classify(error) in _AWAY:
@@ -225,8 +225,9 @@ def _steady(verdict: Verdict, before: EventStoreStatus | ProjectionStatus) -> Ve
     return Verdict(verdict.ready, verdict.reason, ready.message, degraded=degraded)
 
 
-def _brief(text: str) -> str:
-    """The driver's first sentence; it goes on with timeouts and the whole topology."""
+def brief(text: str) -> str:
+    """The driver's first sentence, without credentials; it goes on with timeouts and the whole topology."""
+    text = redact(text)
     for tail in (" (configured timeouts", ", Timeout:", ", Topology Description", " to execute command"):
         text = text.split(tail, 1)[0]
     return text[:_ERROR_LIMIT]
