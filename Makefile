@@ -52,8 +52,6 @@ lock: install ## write requirements/*.txt anew from pyproject.toml
 chart: install ## the chart's schema and README from its values.yaml
 	$(BIN)/python deploy/chart.py
 
-# A kubeconfig of the environment is not taken: it may be that of a cluster which is no place for tests.
-ifeq ($(origin KUBECONFIG),command line)
 dashboards: install ## write the chart's Grafana dashboards anew from deploy/observability
 	$(BIN)/python -m deploy.observability.dashboards
 
@@ -61,6 +59,8 @@ docs: install ## write the generated pages anew and build the site, strictly, in
 	$(BIN)/python -m deploy.observability.pages
 	$(BIN)/mkdocs build --quiet --strict
 
+# A kubeconfig of the environment is not taken: it may be that of a cluster which is no place for tests.
+ifeq ($(origin KUBECONFIG),command line)
 e2e: install ## the chart on a real cluster; KUBECONFIG=FILE for a cluster of yours, IMAGE=… for an image that it can pull
 	KUBECONFIG=$(KUBECONFIG) IMAGE=$(IMAGE) $(BIN)/pytest -m e2e tests/e2e
 else
