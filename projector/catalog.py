@@ -75,6 +75,10 @@ class StatusRecord(Struct, frozen=True, kw_only=True, rename="camel"):
     name: str = field(name="_id")
     version: int | None = None
     """The version that readers see; None before the first cut-over."""
+    live: str | None = None
+    """The build that readers see (`permits.v1`, `permits.v1-2` …)."""
+    candidate: str | None = None
+    """The build that is to follow it."""
     state: str = "unknown"
     lag_seconds: float | None = None
     backlog_events: int | None = None

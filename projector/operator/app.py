@@ -20,6 +20,7 @@ import kopf
 import msgspec
 import structlog
 from aiohttp import web
+from prometheus_client import ProcessCollector
 from prometheus_client.aiohttp import make_aiohttp_handler
 from pymongo.errors import PyMongoError
 
@@ -326,5 +327,7 @@ async def run_operator(stopping: asyncio.Event) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)  # one line per handler call otherwise
     store = EventStoreSettings()
     read_models = ProjectorSettings().database or store.eventstore_database
+    operator = Operator(OperatorSettings(), store, read_models, InjectorSettings())
+    ProcessCollector(registry=operator.metrics.registry)
     with contextlib.suppress(asyncio.CancelledError):
-        await Operator(OperatorSettings(), store, read_models, InjectorSettings()).run(stopping)
+        await operator.run(stopping)

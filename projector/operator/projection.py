@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from projector import catalog
+from projector.build import Build
 from projector.catalog import DefinitionRecord, Source
 from projector.declared import from_definition
 from projector.errors import ProjectionError
@@ -74,15 +75,16 @@ class ProjectionKind:
         )
         async with mongo.turn():
             await _publish(mongo.database(database), _record(resource, spec, projection))
+            record = await context.statuses.get(mongo, database, resource.name)
+            view = view_of(record, context.settings.silence_seconds)
+            collection = _collection(projection, view)
             found = await align(
-                Target(mongo, database, projection.versioned),
+                Target(mongo, database, collection),
                 wishes,
                 context.builder,
                 done,
                 lambda action: context.metrics.drift.labels(action).inc(),
             )
-            record = await context.statuses.get(mongo, database, resource.name)
-        view = view_of(record, context.settings.silence_seconds)
         context.metrics.set_builds(
             resource.kind,
             resource.namespace,
@@ -93,7 +95,7 @@ class ProjectionKind:
             before,
             indexes=found.indexes,
             foreign_indexes=found.foreign,
-            collection=projection.versioned,
+            collection=collection,
             version=view.version,
             state=view.state,
             lag_seconds=view.lag_seconds,
@@ -137,6 +139,19 @@ class ProjectionKind:
             raise BadResourceError("EventStoreNotFound", f"there is no EventStore {resource.namespace}/{name}")
         store = msgspec.convert(found, EventStoreSpec)
         return await context.mongo(resource.namespace, store.connection), store.database
+
+
+def _collection(projection: Projection, view: View) -> str:
+    """The collection behind the spec's version: of the build that is read, else of the one that is to be.
+
+    A version may have been built several times: the second build of `permits.v1` is `permits.v1-2`, in the collection
+    of that name (where the read model is called like the projection).
+    """
+    first = Build(projection)
+    for build in (view.live, view.candidate):
+        if build is not None and (build == first.id or build.startswith(f"{first.id}-")):
+            return f"{first.collection}{build.removeprefix(first.id)}"
+    return first.collection
 
 
 def _record(resource: Resource, spec: ProjectionSpec, projection: Projection) -> DefinitionRecord:
@@ -220,5 +235,7 @@ def _projector_verdict(spec: ProjectionSpec, view: View, database: str, degraded
         message = f"version {spec.version} is being built{percent}, {serving}"
         state: State = "True" if view.version else "False"
         return Verdict(state, "Rebuilding", message, f"Rebuilding: {message}", degraded)
+    if view.error and not degraded:
+        degraded = f"ProjectorReports: {view.error}"
     progressing = "" if view.state == "live" else f"NotLive: the projector says: {view.state}"
     return Verdict("True", "Live", f"version {view.version} is live", progressing, degraded)

@@ -34,6 +34,8 @@ class View(NamedTuple):
     parked: int | None = None
     rebuild_percent: int | None = None
     error: str | None = None
+    live: str | None = None
+    candidate: str | None = None
     silent: bool = True
     """Nobody reports on the projection, or nobody any more."""
 
@@ -59,6 +61,8 @@ def view_of(record: StatusRecord | None, silence_seconds: float, now: datetime.d
         parked=record.parked,
         rebuild_percent=int(percent) // 10 * 10 if isinstance(percent, int | float) else None,
         error=record.error,
+        live=record.live,
+        candidate=record.candidate,
         silent=silent,
     )
 

@@ -341,8 +341,13 @@ async def test_changes_of_a_projection(operators: Operators, resources: Resource
         definition = await empty[DEFINITIONS].find_one({"_id": "orders"})
         assert definition is not None
         assert (definition["definition"]["version"], definition["definition"]["on"]) == (2, changed)
-        await report(empty, "orders", version=2)
+        await report(empty, "orders", version=2, live="orders.v2")
         await resources.until_ready("Projection", "orders", "True", "Live")
+
+        # Built once more, the version lies in another collection: that is where the indexes belong now.
+        await report(empty, "orders", live="orders.v2-2")
+        found = await resources.until("Projection", "orders", lambda one: one["status"]["collection"] == "orders.v2-2")
+        assert await names(empty, "orders.v2-2") == {"status_1"}
 
 
 @pytest.mark.parametrize("policy", ["Retain", "Delete"])
