@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING
 import click
 import structlog
 from prometheus_client import GCCollector, ProcessCollector
-from pydantic import ValidationError
 
 from eventstore import __version__, logs, service
-from eventstore.settings import EventStoreSettings
+from eventstore.auth import TokensMissingError
+from projector.commands import COMMANDS
 from projector.database_catalog import DatabaseCatalog
-from projector.errors import ProjectionError
-from projector.loader import distinct, load_folder, load_modules
+from projector.environment import load_projections, settings_of_environment
 from projector.metrics import Metrics
 from projector.run import run_projector
-from projector.settings import ProjectorSettings
 from projector.supervisor import FixedCatalog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from eventstore.client import Database
     from projector.supervisor import Catalog
@@ -55,14 +53,21 @@ def run(projections: Path | None, modules: tuple[str, ...], *, from_database: bo
     projections = projections or (None if modules or from_database else settings.projections)
     if from_database and (projections or modules):
         raise click.UsageError("--from-database stands alone: its projections come from MongoDB.")
-    catalog = DatabaseCatalog if from_database else fixed_catalog(projections, modules)
+    catalog: Callable[[Database], Catalog] = DatabaseCatalog
+    if not from_database:
+        if projections is None and not modules:
+            raise click.UsageError(
+                "What shall run? Give --projections DIR (or PROJECTOR_PROJECTIONS), --module NAME or --from-database."
+            )
+        fixed = FixedCatalog(load_projections(projections, modules))
+        catalog = lambda _database: fixed  # noqa: E731 - a name for either
     logs.configure("projector", store.log_level, store.log_format)
     metrics = Metrics()
     ProcessCollector(registry=metrics.registry)
     GCCollector(registry=metrics.registry)
     try:
         service.run(lambda stopping: run_projector(settings, store, catalog, metrics=metrics, stopping=stopping))
-    except OSError as error:
+    except (OSError, TokensMissingError) as error:
         structlog.stdlib.get_logger(__name__).error("projector_failed", error=str(error))
         sys.exit(1)
 
@@ -79,29 +84,5 @@ def operator() -> None:
     service.run(run_operator)
 
 
-def settings_of_environment() -> tuple[ProjectorSettings, EventStoreSettings]:
-    """The settings. Raises `click.ClickException` that names each variable that does not fit, without its value."""
-    try:
-        return ProjectorSettings(), EventStoreSettings()
-    except OSError as error:
-        raise click.ClickException(str(error)) from error
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in each['loc']) or 'settings'}: {each['msg']}" for each in error.errors()
-        ]
-        raise click.ClickException("\n".join(lines)) from error
-
-
-def fixed_catalog(folder: Path | None, modules: Sequence[str]) -> Callable[[Database], Catalog]:
-    """The projections of a folder and of modules. Raises `click.UsageError` without any, `ClickException` for a bad one."""
-    if folder is None and not modules:
-        raise click.UsageError(
-            "What shall run? Give --projections DIR (or PROJECTOR_PROJECTIONS), --module NAME or --from-database."
-        )
-    sys.path.insert(0, str(Path.cwd()))  # a command's path begins with its own folder, `python -m` with this one
-    try:
-        loaded = distinct([*(load_folder(folder) if folder else ()), *(load_modules(modules) if modules else ())])
-    except ProjectionError as error:
-        raise click.ClickException(str(error)) from error
-    catalog = FixedCatalog(loaded)
-    return lambda _database: catalog
+for _command in COMMANDS:
+    main.add_command(_command)

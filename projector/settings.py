@@ -26,6 +26,10 @@ class ProjectorSettings(Settings):
     http_host: str = "0.0.0.0"  # noqa: S104 - probes and Prometheus come from outside the pod
     http_port: int = Field(default=8081, ge=0, le=65535)
 
+    token_file: Path | None = None
+    """File with the bearer tokens that orders over HTTP need, one a line; read again when it changes. Without it only what
+    listens on loopback takes orders."""
+
     lease_seconds: float = Field(default=10.0, ge=0.5, le=300)
     """How long a partition stands still after its owner was killed."""
 
