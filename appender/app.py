@@ -24,7 +24,7 @@ from appender.topology import PrimaryWatcher
 from eventstore import indexes
 from eventstore.auth import Tokens
 from eventstore.client import connect, open_database
-from eventstore.service import add_ops_routes
+from eventstore.service import Readiness, add_ops_routes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["open_app", "serve"]
 
 _log = structlog.get_logger(__name__)
+
+_READY: Final[web.AppKey[Readiness]] = web.AppKey("ready")
 
 PING_SECONDS: Final = 1.0
 """`/readyz` waits no longer for MongoDB: Kubernetes' probes give up after a second by default."""
@@ -75,7 +77,8 @@ async def open_app(
         watcher.changed = committer.primary_changed
         opening = asyncio.create_task(_open(database, committer, provision=store.eventstore_provision))
         app = web.Application(client_max_size=settings.max_request_bytes)
-        add_ops_routes(app, metrics.registry, lambda: _not_ready(database, committer))
+        app[_READY] = lambda: _not_ready(database, committer)
+        add_ops_routes(app, metrics.registry, app[_READY])
         Routes(committer, database, settings).add_to(app, Endpoints(metrics, tokens), openapi.encode())
         try:
             yield app, committer
@@ -101,7 +104,10 @@ async def serve(
     taken.
     """
     metrics = metrics or Metrics()
-    async with open_app(settings, store, metrics, **client_options) as (app, committer):
+    async with (
+        open_app(settings, store, metrics, **client_options) as (app, committer),
+        _ops_listener(settings, metrics, app[_READY]),
+    ):
         runner = web.AppRunner(
             app,
             access_log=None,
@@ -128,6 +134,24 @@ async def serve(
         finally:
             await runner.cleanup()
     _log.info("appender_stopped")
+
+
+@contextlib.asynccontextmanager
+async def _ops_listener(settings: AppenderSettings, metrics: Metrics, ready: Readiness) -> AsyncIterator[None]:
+    """Probes and metrics on an address of their own, if the settings name one; until the drain is over."""
+    if settings.ops_port is None:
+        yield
+        return
+    app = web.Application()
+    add_ops_routes(app, metrics.registry, ready)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, settings.ops_host, settings.ops_port).start()
+        _log.info("ops_listening", host=settings.ops_host, port=runner.addresses[0][1])
+        yield
+    finally:
+        await runner.cleanup()
 
 
 def _limited(runner: web.AppRunner, metrics: Metrics) -> Callable[[], asyncio.Protocol]:

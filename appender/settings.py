@@ -24,6 +24,10 @@ class AppenderSettings(Settings):
     port: int = Field(default=8080, ge=0, le=65535)
     """TCP port; 0 takes a free one."""
 
+    ops_host: str = "0.0.0.0"  # noqa: S104 - the kubelet and Prometheus come from outside the pod
+    ops_port: int | None = Field(default=None, ge=0, le=65535)
+    """TCP port for `/healthz`, `/readyz` and `/metrics` alone, where the API's own is on the loopback of a pod."""
+
     token_file: Path | None = None
     """File with the bearer tokens that are accepted, one a line; read again when it changes, so that two may overlap."""
 
