@@ -14,6 +14,7 @@ from appender.settings import AppenderSettings
 from eventstore import __version__, logs, service
 from eventstore.auth import TokensMissingError
 from eventstore.settings import EventStoreSettings
+from eventstore.tracing import tracing
 
 __all__ = ["main"]
 
@@ -35,7 +36,8 @@ def serve_command() -> None:
     metrics = Metrics()
     metrics.add_process()
     try:
-        service.run(lambda stopping: serve(settings, store, stopping, metrics=metrics))
+        with tracing("appender"):
+            service.run(lambda stopping: serve(settings, store, stopping, metrics=metrics))
     except (OSError, TokensMissingError) as error:
         structlog.get_logger(__name__).error("appender_failed", error=str(error))
         sys.exit(1)

@@ -27,6 +27,7 @@ from appender.heads import Heads
 from appender.lanes import Lanes, Request
 from appender.resolve import judge, too_late
 from appender.write import OPERATION_SECONDS, Outcome, outcome_of
+from eventstore import tracing
 from eventstore.errors import Meaning, classify
 
 if TYPE_CHECKING:
@@ -234,7 +235,8 @@ class Committer:
         attempt = Attempt(self._client, self._database, self._heads, batch, self._end_later)
         finished = False
         try:
-            outcome = await self._bounded(attempt)
+            with tracing.span("commit", (request.span for request in batch.requests), events=batch.events):
+                outcome = await self._bounded(attempt)
             self._settle(attempt, outcome)
             finished = True
         finally:

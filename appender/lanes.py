@@ -16,6 +16,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from eventstore import tracing
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -62,6 +64,7 @@ class Request:
         "replayed",
         "single",
         "size",
+        "span",
         "taken",
         "uncertain",
     )
@@ -73,6 +76,7 @@ class Request:
         self.arrived = arrived
         self.deadline = deadline
         self.done = done
+        self.span = tracing.current()
         self.problem: Problem | None = None
         self.replayed = False
         self.finished = False

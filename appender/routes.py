@@ -23,7 +23,7 @@ from appender.requests import (
     SeveralRequest,
     decode,
 )
-from eventstore import log
+from eventstore import log, tracing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -73,7 +73,8 @@ class Routes:
         for path, methods in handlers.items():
             # An aggregateId may hold anything, percent-encoded; braces and line breaks too.
             resource = app.router.add_resource(path.replace("{aggregateId}", "{aggregateId:[^/]+}"))
-            for method, handler in methods.items():
+            for method, handle in methods.items():
+                handler = tracing.handler("append", handle) if method == "POST" else handle
                 resource.add_route(method, endpoints.wrap(path, method, handler))
             allowed = ", ".join(methods)
             resource.add_route("*", endpoints.wrap(path, "other", _not_allowed(allowed)))
@@ -89,7 +90,7 @@ class Routes:
             wanted.expected_sequence_no,
             wanted.events,
             self._settings.max_event_bytes,
-            traceparent=request.headers.get("traceparent"),
+            traceparent=tracing.traceparent(request.headers.get("traceparent")),
             deep=_maybe_deep(body),
         )
         if len(wanted.events) > 1:
@@ -101,7 +102,8 @@ class Routes:
         """POST of events for several aggregates, of a stream of lines, or of CloudEvents."""
         kind = media_type(request)
         if kind == NDJSON:
-            return await bulk.stream(request, self._committer, self._settings, request.headers.get("traceparent"))
+            traceparent = tracing.traceparent(request.headers.get("traceparent"))
+            return await bulk.stream(request, self._committer, self._settings, traceparent)
         if cloudevents.is_binary(request.headers):
             require_json(request)
             body = await self._body(request)
@@ -132,7 +134,7 @@ class Routes:
         aggregates = {each.aggregate_id for each in wanted}
         if len(aggregates) < len(wanted):
             raise Invalid("appends", "names an aggregateId twice; put all its events into one entry")
-        traceparent = request.headers.get("traceparent")
+        traceparent = tracing.traceparent(request.headers.get("traceparent"))
         deep = _maybe_deep(body)
         appends = [
             encode_append(
