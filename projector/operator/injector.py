@@ -218,7 +218,10 @@ class _Certificate:
         self.context.sni_callback = self._before_handshake
 
     def _before_handshake(self, _connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        self._load()
+        try:
+            self._load()
+        except (OSError, ssl.SSLError) as error:  # half written; the next connection tries again
+            _log.warning("certificate_not_loaded", error=type(error).__name__)
 
     def _load(self) -> None:
         stamp = tuple(Path(file).stat().st_mtime_ns for file in self._files)

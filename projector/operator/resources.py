@@ -376,7 +376,7 @@ class Condition(Model, frozen=True, kw_only=True):
     """One aspect of a resource's state."""
 
     type: Annotated[str, Meta(min_length=1, max_length=316, description="Ready, Progressing, Degraded or Paused.")]
-    status: Literal["True", "False", "Unknown"]
+    status: Annotated[Literal["True", "False", "Unknown"], Meta(description="Whether it holds.")]
     reason: Annotated[str, Meta(min_length=1, max_length=1024, description="Why, in one word.")]
     message: Annotated[str, Meta(max_length=32768, description="Why, for people.")] = ""
     last_transition_time: Annotated[
@@ -405,8 +405,12 @@ class EventStoreStatus(Model, frozen=True, kw_only=True):
     observed_generation: Annotated[
         int, Meta(description="Generation that was reconciled last.", extra_json_schema=_INT64)
     ] = 0
-    conditions: Annotated[list[Condition], Meta(extra_json_schema=_MAP_BY_TYPE)] = []
-    indexes: Annotated[list[IndexStatus], Meta(extra_json_schema=_MAP_BY_NAME)] = []
+    conditions: Annotated[
+        list[Condition], Meta(description="Ready, Progressing, Degraded, Paused.", extra_json_schema=_MAP_BY_TYPE)
+    ] = []
+    indexes: Annotated[
+        list[IndexStatus], Meta(description="Each index of the spec.", extra_json_schema=_MAP_BY_NAME)
+    ] = []
     index_summary: Annotated[str, Meta(description="Ready indexes of those wanted.")] = ""
     foreign_indexes: Annotated[
         list[str], Meta(description="Indexes of the collection that no resource owns; never touched.")
@@ -419,8 +423,12 @@ class ProjectionStatus(Model, frozen=True, kw_only=True):
     observed_generation: Annotated[
         int, Meta(description="Generation that was reconciled last.", extra_json_schema=_INT64)
     ] = 0
-    conditions: Annotated[list[Condition], Meta(extra_json_schema=_MAP_BY_TYPE)] = []
-    indexes: Annotated[list[IndexStatus], Meta(extra_json_schema=_MAP_BY_NAME)] = []
+    conditions: Annotated[
+        list[Condition], Meta(description="Ready, Progressing, Degraded, Paused.", extra_json_schema=_MAP_BY_TYPE)
+    ] = []
+    indexes: Annotated[
+        list[IndexStatus], Meta(description="Each index of the spec.", extra_json_schema=_MAP_BY_NAME)
+    ] = []
     foreign_indexes: Annotated[
         list[str], Meta(description="Indexes of the collection that no resource owns; never touched.")
     ] = []
