@@ -81,7 +81,10 @@ class Member:
         if setpriv := shutil.which("setpriv"):
             command = [setpriv, "--pdeathsig", "KILL", *command]  # nothing outlives a parent that was killed
         with (self.folder / "mongod.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 - our own program
+            # A session of its own: Ctrl-C in a terminal is for us, who still need it while we drain.
+            self.process = subprocess.Popen(  # noqa: S603 - our own program
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         """Ends the process with a signal and waits for its end (at most 30 s)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from prometheus_client import GCCollector, ProcessCollector
 
 from eventstore import __version__, logs, service
 from eventstore.auth import TokensMissingError
+from eventstore.embedded import MongodNotFoundError
 from projector.commands import COMMANDS
 from projector.database_catalog import DatabaseCatalog
 from projector.environment import load_projections, settings_of_environment
@@ -70,6 +72,33 @@ def run(projections: Path | None, modules: tuple[str, ...], *, from_database: bo
     except (OSError, TokensMissingError) as error:
         structlog.stdlib.get_logger(__name__).error("projector_failed", error=str(error))
         sys.exit(1)
+
+
+@main.command()
+@click.option(
+    "--projections",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A folder with declared projections (*.yaml). Default: PROJECTOR_PROJECTIONS.",
+)
+@click.option("--module", "modules", multiple=True, help="A Python module that holds projections.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Of the appender; 0: any.")
+@click.option(
+    "--ops-port", type=click.IntRange(0, 65535), default=8081, show_default=True, help="Of the projector; 0: any."
+)
+def dev(projections: Path | None, modules: tuple[str, ...], port: int, ops_port: int) -> None:
+    """Run a MongoDB, an appender and a projector together until Ctrl-C, to try things out. Nothing of it stays."""
+    from projector.dev import NotStartedError, develop  # noqa: PLC0415 - the appender is only needed here
+
+    settings, store = settings_of_environment()
+    projections = projections or (None if modules else settings.projections)
+    if projections is None and not modules:
+        raise click.UsageError("What shall run? Give --projections DIR (or PROJECTOR_PROJECTIONS) or --module NAME.")
+    loaded = load_projections(projections, modules)
+    logs.configure("dev", store.log_level, store.log_format if "LOG_FORMAT" in os.environ else "console")
+    try:
+        develop(loaded, appender_port=port, projector_port=ops_port)
+    except (OSError, MongodNotFoundError, NotStartedError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()
