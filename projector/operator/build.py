@@ -182,29 +182,35 @@ def _identity(index: Index) -> str:
 
 async def _create_all(builder: Builder, target: Target, indexes: Sequence[Index]) -> None:
     """All of them by one command, so that the collection is scanned once; one that fails must not hinder the others."""
-    if len(indexes) > 1:
+    left = list(indexes)
+    while left:
         try:
-            await _create(target, indexes)
+            await _create(target, left)
         except OperationFailure as error:
             if classify(error) in _UNCERTAIN:
                 return
+            culprit = _culprit(left, error)
+            if culprit is None:
+                for index in left:
+                    await _create_all(builder, target, [index])
+                return
+            await _record(builder, target, culprit, error)
+            left.remove(culprit)
         except PyMongoError:
             return
         else:
-            for index in indexes:
+            for index in left:
                 builder.succeeded(target, index)
             return
-    for index in indexes:
-        try:
-            await _create(target, [index])
-        except OperationFailure as error:
-            if classify(error) in _UNCERTAIN:
-                return
-            await _record(builder, target, index, error)
-        except PyMongoError:
-            return
-        else:
-            builder.succeeded(target, index)
+
+
+def _culprit(indexes: Sequence[Index], error: OperationFailure) -> Index | None:
+    """The index that an error is about; None when that cannot be told."""
+    if len(indexes) == 1:
+        return indexes[0]
+    keys = tuple(((error.details or {}).get("keyPattern") or {}).items())
+    found = [index for index in indexes if index.unique and index.keys == keys]
+    return found[0] if len(found) == 1 else None
 
 
 async def _create(target: Target, indexes: Sequence[Index]) -> None:
