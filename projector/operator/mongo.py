@@ -11,6 +11,8 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
+from pymongo.errors import PyMongoError
+
 from eventstore.client import Client, Database, connect, open_database
 from eventstore.errors import Meaning, classify
 
@@ -30,7 +32,11 @@ _AWAY_SECONDS: Final = 5.0
 
 
 class MongoAwayError(Exception):
-    """MongoDB could not be reached a moment ago; it was not asked again."""
+    """MongoDB could not be reached a moment ago, and was not asked again; `error` is what it was then."""
+
+    def __init__(self, error: PyMongoError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Mongo:
@@ -41,7 +47,7 @@ class Mongo:
         self.client: Client = connect(uri, "operator")
         self._builds: Client | None = None
         self._turns = asyncio.Semaphore(_AT_ONCE)
-        self._away: tuple[float, str] | None = None
+        self._away: tuple[float, PyMongoError] | None = None
 
     def database(self, name: str) -> Database:
         """A database for short questions and writes."""
@@ -55,17 +61,30 @@ class Mongo:
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Waits for one of the turns; raises MongoAwayError when the server was away a moment ago."""
+        """Waits for one of the turns; raises MongoAwayError when the server was away a moment ago.
+
+        A server that is away because it refused our credentials counts as that: the driver hides it behind a timeout.
+        """
         async with self._turns:
             if self._away is not None and time.monotonic() < self._away[0]:
                 raise MongoAwayError(self._away[1])
             try:
                 yield
-            except Exception as error:
-                if classify(error) is Meaning.UNAVAILABLE:
-                    self._away = (time.monotonic() + _AWAY_SECONDS, str(error))
-                raise
+            except PyMongoError as error:
+                if classify(error) is not Meaning.UNAVAILABLE:
+                    raise
+                refusal = self._refusal()
+                self._away = time.monotonic() + _AWAY_SECONDS, refusal or error
+                if refusal is None:
+                    raise
+                raise refusal from error
             self._away = None
+
+    def _refusal(self) -> PyMongoError | None:
+        """The error by which a server refused us, when that is why none can be found."""
+        servers = self.client.topology_description.server_descriptions().values()
+        errors = (server.error for server in servers)
+        return next((error for error in errors if isinstance(error, PyMongoError) and _denied(error)), None)
 
     async def retire(self) -> None:
         """Closes it once the passes that use it are through."""
@@ -78,6 +97,10 @@ class Mongo:
         await self.client.close()
         if self._builds is not None:
             await self._builds.close()
+
+
+def _denied(error: PyMongoError) -> bool:
+    return classify(error) is Meaning.DENIED
 
 
 class Connections:

@@ -189,6 +189,8 @@ def _spec_of(kind: Kind[SpecT, StatusT], resource: Resource) -> SpecT:
 def verdict_of(error: Exception, resource: Resource) -> Verdict:
     """What an error says of the resource."""
     state: State = "Unknown"
+    if isinstance(error, MongoAwayError):
+        error = error.error
     text = brief(str(error))
     match error:
         case BadResourceError():
@@ -200,8 +202,6 @@ def verdict_of(error: Exception, resource: Resource) -> Verdict:
         case PyMongoError() if classify(error) is Meaning.DENIED:
             reply = error.details or {} if isinstance(error, OperationFailure) else {}
             state, reason, text = "False", "AccessDenied", brief(str(reply.get("errmsg", error)))
-        case MongoAwayError():
-            reason = "MongoUnavailable"
         case PyMongoError() if classify(error) in _AWAY:
             reason = "MongoUnavailable"
         case aiohttp.ClientError():

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
+from projector.catalog import DEFINITIONS, STATUS
 from projector.operator.crds import KINDS, manifest
 from projector.operator.injector import ANNOTATIONS
+from projector.operator.ownership import CLAIMS
 from projector.operator.resources import API_VERSION, GROUP, PAUSED_ANNOTATION
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from projector.operator.crds import Kind
 
-__all__ = ["page"]
+__all__ = ["PRIVILEGES", "page"]
 
 _HEAD: Final = f"""# Custom resources
 
@@ -74,6 +76,32 @@ _REASONS: Final[dict[str, dict[str, str]]] = {
     | _COMMON,
 }
 
+_READS: Final = ("find", "listIndexes")
+_WRITES: Final = ("find", "insert", "update", "remove")
+
+PRIVILEGES: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("", ("listCollections", "listIndexes", "createCollection", "createIndex", "dropIndex", "collMod", "find")),
+    (CLAIMS, _WRITES),
+    (DEFINITIONS, _WRITES),
+    (STATUS, ("find",)),
+)
+"""What the operator's role needs in each database, by collection; the empty name stands for every collection."""
+
+_RIGHTS: Final = """
+## The operator's rights in MongoDB
+
+A role for each database that it works on; `readWrite` and `dbAdmin` would do as well, and allow more.
+
+```js
+db.getSiblingDB("eventstore").createRole({role: "eventprojectorOperator", roles: [], privileges: [
+"""
+_RIGHTS_END: Final = """]})
+```
+
+`find` on every collection finds the documents that are in the way of a unique index. With the action `inprog` on the cluster
+the operator also sees how far a build is; without it, only that one runs.
+"""
+
 _INJECTOR: Final = f"""
 ## Annotations of the sidecar injector
 
@@ -90,7 +118,11 @@ def page() -> str:
     for kind in KINDS:
         parts += [f"\n## {kind.name}\n", *_fields(kind), _CONDITIONS.rstrip("\n") + "\n"]
         parts += [f"| `{reason}` | {text} |\n" for reason, text in _REASONS[kind.name].items()]
-    parts.append(_INJECTOR)
+    parts.append(_RIGHTS)
+    for collection, actions in PRIVILEGES:
+        resource = _json({"db": "eventstore", "collection": collection})
+        parts.append(f"  {{resource: {resource}, actions: {_json(actions)}}},\n")
+    parts += [_RIGHTS_END, _INJECTOR]
     parts += [f"| `{GROUP}/{name}` | {meaning} |\n" for name, (_, meaning) in ANNOTATIONS.items()]
     return "".join(parts)
 

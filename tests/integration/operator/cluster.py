@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     import aiohttp
+
+HOME = Path(os.environ.get("CLUSTER_HOME", Path.home() / ".cache" / "cluster"))
+"""Where the cluster's programs and its kubeconfig lie."""
 
 PLURALS = {kind.name: kind.plural for kind in KINDS}
 

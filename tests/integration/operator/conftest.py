@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import subprocess
 import tempfile
 import time
@@ -24,12 +23,11 @@ from projector.operator.crds import KINDS, manifest
 from projector.operator.kubernetes import login
 from projector.operator.resources import GROUP, VERSION
 from tests.conftest import missing
-from tests.integration.operator.cluster import PLURALS, Api, ApiError, Operators, Resources, until
+from tests.integration.operator.cluster import HOME, PLURALS, Api, ApiError, Operators, Resources, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-HOME = Path(os.environ.get("CLUSTER_HOME", Path.home() / ".cache" / "cluster"))
 PROGRAMS = Path(__file__).parents[4] / "shared" / "cluster"
 
 
