@@ -56,7 +56,11 @@ MATRIX: dict[str, dict[str, Any]] = {
             "mongodb": {"existingSecret": {"name": "mongo-appender"}},
             "deployment": {"enabled": True, "auth": {"existingSecret": {"name": "tokens", "key": "all"}}},
         },
-        "projector": {"mongodb": {"existingSecret": {"name": "mongo-projector"}}, "database": "readmodels"},
+        "projector": {
+            "mongodb": {"existingSecret": {"name": "mongo-projector"}},
+            "database": "readmodels",
+            "auth": {"existingSecret": {"name": "tokens"}},
+        },
         "operator": {"mongodb": {"existingSecret": {"name": "mongo-operator"}}},
         "tests": {"readModel": False},
     },
@@ -94,6 +98,7 @@ MATRIX: dict[str, dict[str, Any]] = {
         },
         "projector": {
             "replicas": 3,
+            "auth": {"token": TOKEN},
             "strategy": {"rollingUpdate": {"maxSurge": 0}},
             "podDisruptionBudget": {"enabled": True, "unhealthyPodEvictionPolicy": "IfHealthyBudget"},
             "topologySpreadConstraints": _SPREAD,

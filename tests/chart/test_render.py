@@ -152,7 +152,8 @@ def test_secrets_are_in_secrets_alone(name: str, case: Case) -> None:
 def test_secrets_are_where_they_should_be(case: Case) -> None:
     manifests = case("all plumbing")
     assert find(manifests, "Secret", "events-mongodb")["stringData"] == {"uri": URI}
-    assert find(manifests, "Secret", "events-appender-token")["stringData"] == {"token": TOKEN}
+    for component in ("appender", "projector"):
+        assert find(manifests, "Secret", f"events-{component}-token")["stringData"] == {"token": TOKEN}
     assert [each for each in case("a Secret") if each["kind"] == "Secret"] == []
 
 
@@ -338,6 +339,18 @@ def test_the_appender_beyond_loopback_has_a_token_and_drains_in_time(case: Case)
     assert volume["secret"] == {"secretName": "tokens", "items": [{"key": "all", "path": "token"}]}
     [_, seconds] = container["lifecycle"]["preStop"]["exec"]["command"]
     assert int(seconds) + int(variables["APPENDER_DRAIN_SECONDS"]) < spec["terminationGracePeriodSeconds"]
+
+
+def test_the_projector_takes_orders_with_a_token_alone(case: Case) -> None:
+    """Without one it is the program itself that refuses them; with one its file is where the setting says."""
+    [container] = pods(case("a trial"))["Deployment shop-eventprojector-projector"]["containers"]
+    assert "PROJECTOR_TOKEN_FILE" not in environment(container)
+    spec = pods(case("a Secret for each"))["Deployment shop-eventprojector-projector"]
+    [container] = spec["containers"]
+    [mount] = [each for each in container["volumeMounts"] if each["name"] == "token"]
+    assert environment(container)["PROJECTOR_TOKEN_FILE"] == f"{mount['mountPath']}/token"
+    [volume] = [each for each in spec["volumes"] if each["name"] == "token"]
+    assert volume["secret"] == {"secretName": "tokens", "items": [{"key": "token", "path": "token"}]}
 
 
 def test_the_projector_drains_in_time(case: Case) -> None:

@@ -117,6 +117,10 @@ def test_a_bad_value_is_refused_by_its_name(values: dict[str, Any], where: str, 
             {"appender": {"deployment": {"enabled": True, "auth": {"token": TOKEN, "existingSecret": {"name": "a"}}}}},
             "Only one of appender.deployment.auth.token and",
         ),
+        (
+            {"projector": {"auth": {"token": TOKEN, "existingSecret": {"name": "a"}}}},
+            "Only one of projector.auth.token and projector.auth.existingSecret.name",
+        ),
         ({"injector": {"enabled": True}, "operator": {"enabled": False}}, "injector.enabled needs operator.enabled"),
         ({"injector": {"enabled": True}, "operator": {"replicas": 0}}, "injector.enabled needs operator.enabled"),
         (

@@ -119,7 +119,8 @@ checksum/mongodb: {{ .Values.mongodb.uri | default (include "eventprojector.mong
 
 {{/* The account of a component. Context: root, component, values. */}}
 {{- define "eventprojector.serviceAccount" -}}
-{{- if .values.serviceAccount.create -}}
+{{- if .values.serviceAccount.create }}
+---
 apiVersion: v1
 kind: ServiceAccount
 metadata:
@@ -230,8 +231,40 @@ readinessProbe:
   failureThreshold: 3
 {{- end -}}
 
+{{/* Bearer tokens. Context: root, component, auth, path (of the values). */}}
+{{- define "eventprojector.token.validate" -}}
+{{- if and .auth.token .auth.existingSecret.name -}}
+{{- fail (printf "Only one of %s.token and %s.existingSecret.name may be set." .path .path) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "eventprojector.token.secretName" -}}
+{{- .auth.existingSecret.name | default (printf "%s-%s-token" (include "eventprojector.fullname" .root) .component) -}}
+{{- end -}}
+
+{{- define "eventprojector.token.volume" -}}
+name: token
+secret:
+  secretName: {{ include "eventprojector.token.secretName" . }}
+  items: [{key: {{ if .auth.existingSecret.name }}{{ .auth.existingSecret.key }}{{ else }}token{{ end }}, path: token}]
+{{- end -}}
+
+{{- define "eventprojector.token.secret" -}}
+{{- if .auth.token }}
+---
+apiVersion: v1
+kind: Secret
+metadata:
+  {{- include "eventprojector.metadata" (dict "root" .root "component" .component "name" (include "eventprojector.token.secretName" .)) | nindent 2 }}
+type: Opaque
+stringData:
+  token: {{ .auth.token | quote }}
+{{- end -}}
+{{- end -}}
+
 {{- define "eventprojector.podDisruptionBudget" -}}
-{{- if .values.podDisruptionBudget.enabled -}}
+{{- if .values.podDisruptionBudget.enabled }}
+---
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
