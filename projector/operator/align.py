@@ -12,7 +12,7 @@ from pymongo.errors import OperationFailure
 
 from projector.operator import measure, ownership
 from projector.operator.indexes import ID_INDEX, Action, Index, Step, plan
-from projector.operator.resources import IndexStatus
+from projector.operator.resource_status import IndexStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -108,6 +108,7 @@ class _Pass:
             await self._wait(building, steps)
         self.result.indexes = [self.states[index.name] for index in self.wishes.indexes]
         self._report_foreign(found, steps)
+        self.builder.keep(self.target, [step.wanted for step in steps])
         return self.result
 
     def _owned(self) -> set[str]:

@@ -35,7 +35,8 @@ from projector.operator.metrics import Metrics
 from projector.operator.mongo import Connections, MongoAwayError
 from projector.operator.passes import Context, Resource, brief, run_pass
 from projector.operator.projection import ProjectionKind
-from projector.operator.resources import API_VERSION, GROUP, Condition
+from projector.operator.resource_status import Condition
+from projector.operator.resources import API_VERSION, GROUP
 from projector.operator.settings import InjectorSettings, OperatorSettings
 from projector.operator.statuses import Statuses
 from projector.settings import ProjectorSettings
@@ -134,6 +135,7 @@ class Operator:
             for on in (kopf.on.create, kopf.on.update, kopf.on.resume):
                 on(API_VERSION, kind.plural, id="reconcile", **where)(self._changed)
             kopf.on.delete(API_VERSION, kind.plural, id="finalize", **where)(self._deleted)
+            kopf.on.event(API_VERSION, kind.plural, id="forget", **where)(self._seen)
             kopf.timer(
                 API_VERSION,
                 kind.plural,
@@ -251,6 +253,7 @@ class Operator:
         kind: Any = _KIND_OF[resource.kind]
         tracked = self._tracked.setdefault(resource.uid, _Tracked())
         async with tracked.lock:
+            tracked.due = float("inf")  # no pass is due any more, however long the deletion takes
             try:
                 spec = msgspec.convert(resource.spec, kind.spec)
                 await kind.finalize(self._context(more["event_stores"]), resource, spec)
@@ -260,9 +263,14 @@ class Operator:
                 why = brief(str(error))
                 kopf.event(body, type="Warning", reason="DeletionWaits", message=f"MongoDB: {why}")
                 raise kopf.TemporaryError(f"MongoDB: {why}", delay=3 * self.settings.poll_seconds) from error
-        self._tracked.pop(resource.uid, None)
-        self.metrics.forget(resource.kind, resource.namespace, resource.name)
         _log.info("resource_deleted", kind=resource.kind, namespace=resource.namespace, name=resource.name)
+
+    async def _seen(self, *, body: kopf.Body, **more: Any) -> None:
+        """Forgets a resource that is gone, also one whose finalizer somebody took away."""
+        if more["type"] == "DELETED":
+            metadata = body["metadata"]
+            self._tracked.pop(metadata["uid"], None)
+            self.metrics.forget(body["kind"], metadata["namespace"], metadata["name"])
 
     def _context(self, event_stores: kopf.Index[Any, Any]) -> Context:
         def find(namespace: str, name: str) -> Mapping[str, Any] | None:

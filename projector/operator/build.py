@@ -161,10 +161,14 @@ class Builder:
         failures[_identity(index)] = Failure(reason, message, attempts, time.monotonic(), tuple(sample))
         _log.warning("index_failed", namespace=target.namespace, index=index.name, reason=reason)
 
-    def forget(self, target: Target) -> None:
-        """Forgets a collection that nobody manages any more; a task of it goes on to its end."""
+    def keep(self, target: Target, indexes: Sequence[Index]) -> None:
+        """Forgets what is known of other indexes of a collection than these, and of one where nothing goes on."""
         state = self._collections.get(target.key)
-        if state is not None and (state.task is None or state.task.done()):
+        if state is None:
+            return
+        wanted = {_identity(index) for index in indexes}
+        state.failures = {identity: failure for identity, failure in state.failures.items() if identity in wanted}
+        if not state.failures and (state.task is None or state.task.done()):
             del self._collections[target.key]
 
     async def close(self) -> None:

@@ -10,7 +10,7 @@ import datetime
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from projector.operator.resources import Condition
+from projector.operator.resource_status import Condition
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

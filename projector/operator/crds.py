@@ -14,15 +14,8 @@ import msgspec
 import yaml
 
 from projector.operator import resources
-from projector.operator.resources import (
-    GROUP,
-    VERSION,
-    EventStoreSpec,
-    EventStoreStatus,
-    Model,
-    ProjectionSpec,
-    ProjectionStatus,
-)
+from projector.operator.resource_status import EventStoreStatus, ProjectionStatus
+from projector.operator.resources import GROUP, VERSION, EventStoreSpec, Model, ProjectionSpec
 from projector.projection import NAME_PATTERN
 
 __all__ = ["KINDS", "Kind", "manifest", "structural"]
@@ -88,6 +81,7 @@ KINDS: Final = (
 )
 """The two kinds. `KINDS` is also what the reference page in docs/ is made of."""
 
+_MODELS: Final = {model.__name__: model for model in Model.__subclasses__()}
 _DROPPED: Final = ("title", "$defs")
 
 
@@ -116,7 +110,7 @@ def _expand(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, An
     if reference := schema.pop("$ref", None):
         name = reference.rsplit("/", 1)[1]
         target = _expand(definitions[name], definitions)
-        rules = getattr(resources, name).rules
+        rules = _MODELS[name].rules
         if rules:
             target["x-kubernetes-validations"] = [rule._asdict() for rule in rules]
         return target | _expand(schema, definitions)

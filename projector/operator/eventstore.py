@@ -17,7 +17,8 @@ from projector.operator.indexes import Index
 from projector.operator.kubernetes import SecretUnreadableError
 from projector.operator.mongo import MongoAwayError
 from projector.operator.passes import BadResourceError, Context, Resource
-from projector.operator.resources import EventStoreSpec, EventStoreStatus, LogIndex
+from projector.operator.resource_status import EventStoreStatus
+from projector.operator.resources import EventStoreSpec, LogIndex
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from eventstore import __version__
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from projector.operator.resources import Condition
+    from projector.operator.resource_status import Condition
 
 __all__ = ["ADMISSIONS", "DRIFT_ACTIONS", "RESULTS", "Metrics"]
 

@@ -1,8 +1,9 @@
-"""Who owns an index: a record in MongoDB, so that two resources (in two clusters, even) never fight over one index.
+"""Who owns an index: a record in MongoDB, so that two resources never fight over one index.
 
 Collection `operator.indexes`, one document per index, `_id` `<collection>/<index>`. The unique `_id` decides a race; the
-first claim wins until its resource is deleted. A resource that was deleted and made again under its name gets its claims
-back. An index without a claim is foreign: it is reported and never touched.
+first claim wins until its resource is deleted. A resource that was made again under its name (also in a new cluster, after
+the old one was lost) gets its claims back; hence two clusters that live must not use one name for one database. An index
+without a claim is foreign: it is reported and never touched.
 """
 
 from __future__ import annotations

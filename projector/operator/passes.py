@@ -22,7 +22,8 @@ from projector.operator.conditions import State, Verdict, conditions_of
 from projector.operator.kubernetes import SecretUnreadableError
 from projector.operator.mongo import Mongo, MongoAwayError
 from projector.operator.ownership import Owner
-from projector.operator.resources import PAUSED_ANNOTATION, Connection, EventStoreStatus, ProjectionStatus
+from projector.operator.resource_status import EventStoreStatus, ProjectionStatus
+from projector.operator.resources import PAUSED_ANNOTATION, Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

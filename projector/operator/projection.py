@@ -19,7 +19,8 @@ from projector.operator.eventstore import building
 from projector.operator.indexes import Index
 from projector.operator.kubernetes import SecretUnreadableError
 from projector.operator.passes import BadResourceError, Context, Resource
-from projector.operator.resources import EventStoreSpec, ProjectionSpec, ProjectionStatus
+from projector.operator.resource_status import ProjectionStatus
+from projector.operator.resources import EventStoreSpec, ProjectionSpec
 from projector.operator.statuses import View, view_of
 
 if TYPE_CHECKING:

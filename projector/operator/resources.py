@@ -16,21 +16,20 @@ from projector.projection import AGGREGATE_ID, COLLECTION_PATTERN
 __all__ = [
     "API_VERSION",
     "GROUP",
+    "INT32",
+    "INT64",
+    "MAP_BY_NAME",
     "PAUSED_ANNOTATION",
     "VERSION",
     "Collation",
-    "Condition",
     "Connection",
     "DeletionPolicy",
     "EventStoreRef",
     "EventStoreSpec",
-    "EventStoreStatus",
     "IndexKey",
-    "IndexStatus",
     "LogIndex",
     "Model",
     "ProjectionSpec",
-    "ProjectionStatus",
     "ReadModel",
     "ReadModelIndex",
     "Rebuild",
@@ -48,12 +47,11 @@ PAUSED_ANNOTATION: Final = f"{GROUP}/paused"
 DeletionPolicy = Literal["Retain", "Delete"]
 
 _NAME: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
-_MAP_BY_NAME: Final = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+MAP_BY_NAME: Final = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
 _MAP_BY_FIELD: Final = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["field"]}
-_MAP_BY_TYPE: Final = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
 _FREE: Final = {"x-kubernetes-preserve-unknown-fields": True}
-_INT32: Final = {"format": "int32"}
-_INT64: Final = {"format": "int64"}
+INT32: Final = {"format": "int32"}
+INT64: Final = {"format": "int64"}
 
 
 class Rule(NamedTuple):
@@ -189,7 +187,7 @@ class ReadModelIndex(Model, frozen=True, kw_only=True):
                 ge=0,
                 le=2**31 - 1,
                 description="Delete a document so long after the date in its field.",
-                extra_json_schema=_INT32,
+                extra_json_schema=INT32,
             ),
         ]
         | None
@@ -221,7 +219,7 @@ class EventStoreSpec(Model, frozen=True, kw_only=True):
     validator: Annotated[bool, Meta(description="Keep the validator that refuses what is no event.")] = True
     indexes: Annotated[
         list[LogIndex],
-        Meta(max_length=60, description="Extra indexes; each costs speed of appends.", extra_json_schema=_MAP_BY_NAME),
+        Meta(max_length=60, description="Extra indexes; each costs speed of appends.", extra_json_schema=MAP_BY_NAME),
     ] = []
     allow_recreate: Annotated[
         bool,
@@ -329,7 +327,7 @@ class ProjectionSpec(Model, frozen=True, kw_only=True):
             ge=1,
             le=2**31 - 1,
             description="Raised with every change of key or fold; a rebuild follows.",
-            extra_json_schema=_INT32,
+            extra_json_schema=INT32,
         ),
     ]
     read_model: ReadModel = ReadModel()
@@ -353,7 +351,7 @@ class ProjectionSpec(Model, frozen=True, kw_only=True):
     ) = field(default=None, name="true")
     partitions: Annotated[
         int,
-        Meta(ge=1, le=64, description="How many replicas can share the work.", extra_json_schema=_INT32),
+        Meta(ge=1, le=64, description="How many replicas can share the work.", extra_json_schema=INT32),
     ] = 1
     paused: Annotated[bool, Meta(description="The projector stops before the next event.")] = False
     rebuild: Rebuild = Rebuild()
@@ -370,87 +368,3 @@ class ProjectionSpec(Model, frozen=True, kw_only=True):
             " `Delete`: the read model goes with the resource, an index when it leaves the spec."
         ),
     ] = "Retain"
-
-
-class Condition(Model, frozen=True, kw_only=True):
-    """One aspect of a resource's state."""
-
-    type: Annotated[str, Meta(min_length=1, max_length=316, description="Ready, Progressing, Degraded or Paused.")]
-    status: Annotated[Literal["True", "False", "Unknown"], Meta(description="Whether it holds.")]
-    reason: Annotated[str, Meta(min_length=1, max_length=1024, description="Why, in one word.")]
-    message: Annotated[str, Meta(max_length=32768, description="Why, for people.")] = ""
-    last_transition_time: Annotated[
-        str, Meta(description="When the status last changed.", extra_json_schema={"format": "date-time"})
-    ]
-    observed_generation: Annotated[
-        int, Meta(ge=0, description="The generation of the spec that this is about.", extra_json_schema=_INT64)
-    ]
-
-
-class IndexStatus(Model, frozen=True, kw_only=True):
-    """What became of an index."""
-
-    name: Annotated[str, Meta(description="Name in the spec.")]
-    state: Annotated[
-        Literal["Ready", "Pending", "Building", "Failed", "Drifted", "Conflict"],
-        Meta(description="`Drifted`: it exists with other options. `Conflict`: another resource owns it."),
-    ]
-    index: Annotated[str, Meta(description="Name in MongoDB, where it is another one.")] | None = None
-    message: Annotated[str, Meta(description="Why it is not ready.")] = ""
-
-
-class EventStoreStatus(Model, frozen=True, kw_only=True):
-    """What the operator found."""
-
-    observed_generation: Annotated[
-        int, Meta(description="Generation that was reconciled last.", extra_json_schema=_INT64)
-    ] = 0
-    conditions: Annotated[
-        list[Condition], Meta(description="Ready, Progressing, Degraded, Paused.", extra_json_schema=_MAP_BY_TYPE)
-    ] = []
-    indexes: Annotated[
-        list[IndexStatus], Meta(description="Each index of the spec.", extra_json_schema=_MAP_BY_NAME)
-    ] = []
-    index_summary: Annotated[str, Meta(description="Ready indexes of those wanted.")] = ""
-    foreign_indexes: Annotated[
-        list[str], Meta(description="Indexes of the collection that no resource owns; never touched.")
-    ] = []
-
-
-class ProjectionStatus(Model, frozen=True, kw_only=True):
-    """What the operator and the projector found."""
-
-    observed_generation: Annotated[
-        int, Meta(description="Generation that was reconciled last.", extra_json_schema=_INT64)
-    ] = 0
-    conditions: Annotated[
-        list[Condition], Meta(description="Ready, Progressing, Degraded, Paused.", extra_json_schema=_MAP_BY_TYPE)
-    ] = []
-    indexes: Annotated[
-        list[IndexStatus], Meta(description="Each index of the spec.", extra_json_schema=_MAP_BY_NAME)
-    ] = []
-    foreign_indexes: Annotated[
-        list[str], Meta(description="Indexes of the collection that no resource owns; never touched.")
-    ] = []
-    collection: Annotated[str, Meta(description="Collection behind the view.")] | None = None
-    version: Annotated[int, Meta(description="Version that is being read.", extra_json_schema=_INT32)] | None = None
-    state: Annotated[str, Meta(description="What the projector says of itself.")] | None = None
-    lag_seconds: (
-        Annotated[
-            int,
-            Meta(
-                description="Age of the oldest event not yet applied: at least so much; 0 below a second.",
-                extra_json_schema=_INT64,
-            ),
-        ]
-        | None
-    ) = None
-    parked: (
-        Annotated[
-            int, Meta(description="Aggregates set aside because an event of theirs fails.", extra_json_schema=_INT64)
-        ]
-        | None
-    ) = None
-    rebuild_percent: (
-        Annotated[int, Meta(description="Progress of a rebuild, coarse.", extra_json_schema=_INT32)] | None
-    ) = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -23,9 +23,12 @@ from projector.operator.metrics import RESULTS, Metrics
 from projector.operator.passes import Resource, brief, verdict_of
 from projector.operator.projection import definition_of
 from projector.operator.reference import page
-from projector.operator.resources import Condition, EventStoreSpec, LogIndex, ProjectionSpec
+from projector.operator.resources import EventStoreSpec, LogIndex, ProjectionSpec
 from projector.operator.settings import OperatorSettings
 from projector.operator.statuses import coarse, view_of
+
+if TYPE_CHECKING:
+    from projector.operator.resource_status import Condition
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime.datetime(2026, 5, 1, 12, tzinfo=datetime.UTC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import subprocess
 from pathlib import Path
@@ -21,7 +22,7 @@ from projector.operator.ownership import CLAIMS
 from projector.operator.reference import PRIVILEGES
 from projector.operator.resources import PAUSED_ANNOTATION
 from tests.conftest import missing
-from tests.integration.operator.cluster import HOME, condition, index_state, until
+from tests.integration.operator.cluster import HOME, ApiError, condition, index_state, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -592,6 +593,23 @@ async def test_the_charts_role_is_enough(
     assert "forbidden" not in caplog.text.lower()
 
 
+async def test_a_resource_whose_finalizer_was_taken_away(
+    operators: Operators, resources: Resources, empty: Database
+) -> None:
+    async with operators.run(poll_seconds=60) as operator:
+        await resources.create("EventStore", "main", store(empty))
+        await resources.until_ready("EventStore", "main")
+        await resources.delete("EventStore", "main")  # whatever the operator does about it in the meantime
+        with contextlib.suppress(ApiError):
+            await resources.patch("EventStore", "main", {"metadata": {"finalizers": None}})
+        await resources.until_gone("EventStore", "main")
+
+        async def forgotten() -> bool:
+            return not operator._tracked
+
+        await until(forgotten)
+
+
 async def test_probes_and_metrics(operators: Operators, resources: Resources, empty: Database) -> None:
     async with (
         operators.run(poll_seconds=60, stalled_seconds=5) as operator,
@@ -617,5 +635,9 @@ async def test_probes_and_metrics(operators: Operators, resources: Resources, em
             assert response.status == 503
         await resources.delete("EventStore", "main")
         await resources.until_gone("EventStore", "main")
-        async with session.get("/metrics") as response:
-            assert "indexer_condition{" not in await response.text()
+
+        async def forgotten() -> bool:
+            async with session.get("/metrics") as response:
+                return "indexer_condition{" not in await response.text()
+
+        await until(forgotten)
