@@ -35,7 +35,8 @@ LABEL org.opencontainers.image.title="eventprojector" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=build /opt/eventprojector /opt/eventprojector
-ENV PATH=/opt/eventprojector/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
+# A user's name, since the number may be any and stands in no /etc/passwd, yet libraries ask for it.
+ENV PATH=/opt/eventprojector/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp USER=eventprojector
 # A number, so that Kubernetes can prove runAsNonRoot without reading /etc/passwd.
 USER 65532:65532
 WORKDIR /tmp
