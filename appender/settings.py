@@ -25,6 +25,8 @@ class AppenderSettings(Settings):
     """TCP port; 0 takes a free one."""
 
     ops_host: str = "0.0.0.0"  # noqa: S104 - the kubelet and Prometheus come from outside the pod
+    """Address of that port."""
+
     ops_port: int | None = Field(default=None, ge=0, le=65535)
     """TCP port for `/healthz`, `/readyz` and `/metrics` alone, where the API's own is on the loopback of a pod."""
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["configure", "redact"]
 
-_CREDENTIALS: Final = re.compile(r"(mongodb(?:\+srv)?://)[^@/\s]*@")
+_CREDENTIALS: Final = re.compile(r"(mongodb(?:\+srv)?://)[^/\s]*@")
+"""Up to the last @ before the hosts' end: a password that was not escaped may hold one itself."""
 
 
 def redact(text: str) -> str:
@@ -26,11 +27,9 @@ def redact(text: str) -> str:
     return _CREDENTIALS.sub(r"\1***@", text)
 
 
-def _redact_fields(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    for key, value in event.items():
-        if isinstance(value, str) and "mongodb" in value:
-            event[key] = redact(value)
-    return event
+def _redact_line(_logger: WrappedLogger, _method: str, line: Any) -> str:
+    """The last step, on the line as it is written: whatever a field was, a text, a list or an exception."""
+    return redact(line)
 
 
 def configure(component: str, level: str = "info", style: Literal["json", "console"] = "json") -> None:
@@ -47,14 +46,13 @@ def configure(component: str, level: str = "info", style: Literal["json", "conso
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         add_component,
         structlog.processors.format_exc_info,
-        _redact_fields,
     ]
     renderer: Any = structlog.processors.JSONRenderer() if style == "json" else structlog.dev.ConsoleRenderer()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *shared],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer, _redact_line],
         )
     )
     root = logging.getLogger()

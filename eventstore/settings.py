@@ -64,4 +64,7 @@ class EventStoreSettings(Settings):
     """Create the collection, its indexes and its validator at start where they are missing."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lowest level that is logged. At `info` a line tells a change of state; normal operation is silent."""
+
     log_format: Literal["json", "console"] = "json"
+    """One JSON object a line, or text for eyes."""
