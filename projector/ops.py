@@ -16,7 +16,7 @@ from projector.overview import Overview, ParkedInfo, ParkedPage
 from projector.parking import PARKED, Parked, build_range, parked_id, retry_parked, skip_parked
 from projector.refusals import Conflict, Invalid, NotFound
 from projector.status import REPORTS
-from projector.verify import verify
+from projector.verify import GRACE_SECONDS, verify
 from projector.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Ops:
     def __init__(self, log: Database, database: Database, code: Callable[[], Mapping[str, Projection]] = dict) -> None:
         self.log = log
         self.database = database
+        self.grace_seconds = GRACE_SECONDS
+        """How long `verify` lets a mark be behind."""
         self._code = code
 
     # Looking
@@ -90,7 +92,7 @@ class Ops:
         if control.live is None:
             raise Conflict(f"{name} has no read model yet: its first build is not done")
         build, record = await self._build(name, control.live)
-        return await verify(self.log, self.database, build, record, sample=sample)
+        return await verify(self.log, self.database, build, record, sample=sample, grace_seconds=self.grace_seconds)
 
     # Running
 
