@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from pymongo.errors import ServerSelectionTimeoutError, WaitQueueTimeoutError
+from pymongo.errors import PyMongoError, ServerSelectionTimeoutError, WaitQueueTimeoutError
 
 from appender import problems
 from appender.attempt import Attempt
@@ -29,6 +29,7 @@ from appender.resolve import judge, too_late
 from appender.write import OPERATION_SECONDS, Outcome, outcome_of
 from eventstore import tracing
 from eventstore.errors import Meaning, classify
+from eventstore.orphans import IDLE_SECONDS, end_orphans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -56,6 +57,10 @@ SWEEP_SECONDS: Final = 0.25
 """How late a request may hear that its deadline is over."""
 
 
+SUSPICIOUS_ATTEMPTS: Final = 4
+ORPHANS_SECONDS: Final = 0.5
+"""When to look for transactions that nobody will end, and how often at most: a cheap question, of no use in daily life."""
+
 _NEVER_SENT: Final = (ServerSelectionTimeoutError, WaitQueueTimeoutError)
 
 
@@ -81,7 +86,8 @@ class Committer:
         self._pumping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._endings: set[asyncio.Task[None]] = set()
-        self._scopes: set[asyncio.Timeout] = set()
+        self._scopes: dict[asyncio.Timeout, float] = {}
+        self._orphans: asyncio.Task[None] | None = None
         self._room: list[asyncio.Future[None]] = []
         self._drained: asyncio.Event | None = None
         self._sweep: asyncio.TimerHandle | None = None
@@ -178,7 +184,7 @@ class Committer:
         self._close_door()
         if self._sweep is not None:
             self._sweep.cancel()
-        tasks = [*self._tasks, *self._endings]
+        tasks = [*self._tasks, *self._endings, *([self._orphans] if self._orphans else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -209,6 +215,8 @@ class Committer:
         if self._lanes.requests:
             self._lanes.expire(time.monotonic(), OPERATION_SECONDS, too_late)
             self._wake()
+            if self._scopes and self._loop.time() - min(self._scopes.values()) > IDLE_SECONDS:
+                self._suspect_orphans()
             self._sweep = self._loop.call_later(SWEEP_SECONDS, self._expire)
             self._pump()
 
@@ -252,12 +260,12 @@ class Committer:
         """The attempt within its time: WRITTEN when the server heard and answered, else what failed for all of it."""
         try:
             async with asyncio.timeout(OPERATION_SECONDS) as scope:
-                self._scopes.add(scope)
+                self._scopes[scope] = self._loop.time()
                 try:
                     await self._look_up(attempt)
                     await attempt.write()
                 finally:
-                    self._scopes.discard(scope)
+                    del self._scopes[scope]
         except Exception as error:  # noqa: BLE001 - the table of errors says what it means
             outcome = outcome_of(error)
             if self._available:
@@ -331,6 +339,8 @@ class Committer:
         again = [lane for lane in batch.lanes if lane.aggregate_id in failed]
         self._lanes.release([lane for lane in batch.lanes if lane.aggregate_id not in failed])
         attempts = max(lane.attempts for lane in again)
+        if attempts >= SUSPICIOUS_ATTEMPTS:
+            self._suspect_orphans()
         for lane in again:
             lane.attempts += 1
         if attempts == 0:
@@ -349,6 +359,20 @@ class Committer:
         self._endings.discard(task)
         if not task.cancelled():
             task.exception()  # the transaction is aborted by its lifetime at the latest
+
+    def _suspect_orphans(self) -> None:
+        """A batch is held up, or fails again and again: an appender that was killed may have left a transaction open."""
+        if self._orphans is None:
+            self._orphans = self._loop.create_task(self._end_orphans())
+
+    async def _end_orphans(self) -> None:
+        try:
+            if ended := await end_orphans(self._client, "appender"):
+                _log.warning("orphaned_transactions_ended", transactions=ended)
+        except PyMongoError as error:
+            _log.debug("orphans_not_found", error=repr(error))
+        await asyncio.sleep(ORPHANS_SECONDS)
+        self._orphans = None
 
     def _resume(self, lanes: list[Lane]) -> None:
         self._lanes.release(lanes)
