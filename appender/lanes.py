@@ -191,11 +191,12 @@ class Lanes:
     def take(self) -> Batch | None:
         """The next batch, of the kind whose turn it is; None when nothing is ready."""
         other = {Kind.SINGLES: Kind.ATOMIC, Kind.ATOMIC: Kind.SINGLES}
-        for kind in (self._turn, other[self._turn]):
-            batch = self._fill(kind)
-            if batch.requests:
-                self._turn = other[kind]
-                return batch
+        while self.ready:  # what expired while it was ready leaves an empty batch, and may make others ready
+            for kind in (self._turn, other[self._turn]):
+                batch = self._fill(kind)
+                if batch.requests:
+                    self._turn = other[kind]
+                    return batch
         return None
 
     def _fill(self, kind: Kind) -> Batch:

@@ -257,7 +257,7 @@ def _refusal(error: Exception, body: bytes, prefix: str) -> Problem:
         reason = "is required"
     elif reason[0].isupper():
         reason = f"is not valid: {reason}"
-    return Invalid(prefix + field if field else "the body", reason)
+    return Invalid(prefix + field, reason) if field else Invalid("", f"The body {reason}")
 
 
 def _value_at_fault(body: bytes) -> tuple[str, str] | None:

@@ -43,7 +43,7 @@ class Api:
     async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
         """Status and decoded JSON of a call; text where it is not JSON."""
         async with self.session.request(method, self.url + path, **options) as response:
-            if response.content_type.endswith("json") and response.content_length != 0:
+            if response.content_type.endswith(("/json", "+json")) and response.content_length != 0:
                 return response.status, await response.json(content_type=None)
             return response.status, await response.text()
 
