@@ -5,11 +5,13 @@ All reads ask the primary for what a majority has: what they return cannot be ro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
+import bson
 from pymongo import ASCENDING, DESCENDING
 from pymongo.read_concern import ReadConcern
 
+from eventstore.client import CODEC
 from eventstore.event import EVENTS
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "all_heads",
+    "batches_after",
     "events_after",
     "events_by_id",
     "fence",
@@ -33,6 +36,10 @@ __all__ = [
     "history",
     "pages",
 ]
+
+_FIXED: Final = ("aggregateId", "sequenceNo", "eventName", "slot")
+
+_BATCH: Final = 5_000
 
 PAGE: Final = 1_000
 """Events read at once: at 1 KiB an event a page is 1 MiB, far from any limit, and the round trip is paid for."""
@@ -108,6 +115,32 @@ async def events_after(
     )
     found: list[Any] = await cursor.to_list(limit)
     return found
+
+
+async def batches_after(
+    database: Database, marks: Mapping[str, int], *, limit: int = 0, fields: Iterable[str] | None = None
+) -> AsyncIterator[list[dict[str, Any]]]:
+    """Up to `limit` events (0: all) of several aggregates, each above its mark, ordered by aggregate and sequenceNo.
+
+    They come in the server's own batches of at most 16 MiB, so that large events do not fill the memory. `fields` names what
+    is wanted beside the fixed fields (None: all).
+    """
+    if not marks:
+        return
+    above = [{"aggregateId": aggregate_id, "sequenceNo": {"$gt": mark}} for aggregate_id, mark in marks.items()]
+    wanted = None if fields is None else dict.fromkeys([*_FIXED, *fields], 1)
+    cursor = (
+        database[EVENTS]
+        .find_raw_batches({"$or": above} if len(above) > 1 else above[0], wanted)
+        .sort([("aggregateId", ASCENDING), ("sequenceNo", ASCENDING)])
+        .limit(limit)
+        .batch_size(limit or _BATCH)
+    )
+    try:
+        async for raw in cursor:
+            yield bson.decode_all(cast("bytes", raw), CODEC)
+    finally:
+        await cursor.close()
 
 
 async def history(

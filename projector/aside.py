@@ -6,7 +6,9 @@ failed events and events without payload are all healed by it.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
@@ -16,25 +18,29 @@ from projector.changes import Failure
 from projector.parking import PARKED, Parked, parked_id, read_parked
 
 if TYPE_CHECKING:
-    import asyncio
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
-    from eventstore.event import EventDocument
     from projector.build import Build
     from projector.changes import Changes, Folder
     from projector.checkpoint import PartitionId
     from projector.metrics import Metrics
+    from projector.projection import Event
     from projector.settings import ProjectorSettings
 
-__all__ = ["Aside", "ParkedWrites", "StoppedError", "Workshop"]
+__all__ = ["Aside", "ParkedWrites", "StoppedError", "Workshop", "reset"]
 
 TURN_EVENTS: Final = 5_000
-"""Events of one aggregate that are re-read before the others get their turn: as many as a batch."""
+"""Events that are re-read of aggregates aside before the next batch gets its turn: as many as a batch."""
 
 TURNS: Final = 20
-"""Aggregates that get a turn before the next batch is read."""
+"""Aggregates that get a turn before the next batch does."""
+
+GROUP: Final = 200
+"""Aggregates whose gaps are read by one query: its `$or` has an index seek for each, and MongoDB plans a few hundred well."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -53,13 +59,18 @@ class Workshop(Protocol):
     folder: Folder
     metrics: Metrics
     settings: ProjectorSettings
-    writing: asyncio.Lock
 
     def count(self, **outcomes: int) -> None:
         """Counts events by outcome."""
 
     async def flush(self) -> None:
         """Writes what has been folded."""
+
+    async def make_way(self) -> None:
+        """Called after each batch of events: waits while too much is folded and not written."""
+
+    def between_writes(self) -> AbstractAsyncContextManager[None]:
+        """No write is under way while it lasts."""
 
 
 class ParkedWrites:
@@ -86,6 +97,11 @@ class ParkedWrites:
                 {"_id": document["_id"]}, session=session
             ):
                 await collection.insert_one(document, session=session)
+
+    def refused(self, record: Parked) -> None:
+        """Adds the record of an aggregate that turned out to stand in the way of this very write."""
+        self._changed[record.aggregate_id] = record
+        self._healed.discard(record.aggregate_id)
 
     def done(self) -> None:
         """They are written: forgets those that did not change again meanwhile."""
@@ -115,21 +131,36 @@ class Aside:
         """Whether an aggregate should get a turn now."""
         return any(record.is_due for record in self.records.values())
 
-    async def reload(self) -> None:
-        """Reads the records again: at the start all, later to see the commands of people."""
+    async def load(self) -> None:
+        """Reads all records, before the loop begins."""
         limit = self._loop.settings.max_parked
         found = await read_parked(self.database, self.build.id, self._loop.partition.slots, limit=limit + 1)
-        for record in found:
+        self.records.update({record.aggregate_id: record for record in found})
+        self._check_cap()
+
+    async def follow_commands(self) -> None:
+        """Reads the records again to see what people have ordered.
+
+        Only of those that are known: one that has just been released may still be there, and is not taken up again.
+        """
+        if not self.records:
+            return
+        limit = self._loop.settings.max_parked
+        for record in await read_parked(self.database, self.build.id, self._loop.partition.slots, limit=limit + 1):
             known = self.records.get(record.aggregate_id)
-            if known is None or known.revision < record.revision:
+            if known is not None and known.revision < record.revision:
+                record.since = record.due = datetime.datetime.now(datetime.UTC)  # whatever the person's clock said
                 self.records[record.aggregate_id] = record
                 self._changed.pop(record.aggregate_id, None)
-        self._check_cap()
-        self._measure()
 
     def passed(self, passed: dict[str, int]) -> None:
         """Notes the last sequenceNo that the stream brought of each aggregate aside."""
-        self._seen.update(passed)
+        for aggregate_id, sequence_no in passed.items():
+            self._saw(aggregate_id, sequence_no)
+
+    def _saw(self, aggregate_id: str, sequence_no: int) -> None:
+        # The highest, since a missing event may come late.
+        self._seen[aggregate_id] = max(sequence_no, self._seen.get(aggregate_id, 0))
 
     def fail(self, failure: Failure) -> None:
         """Sets an aggregate aside; what was folded of it and not written is forgotten, for it is read again."""
@@ -138,7 +169,7 @@ class Aside:
         before = self.records.get(aggregate_id)
         record = Parked.of(self.build.id, failure, before, self._loop.settings.retry_seconds)
         self._put(record)
-        self._seen[aggregate_id] = max(failure.sequence_no, self._seen.get(aggregate_id, 0))
+        self._saw(aggregate_id, failure.sequence_no)
         self._healed.discard(aggregate_id)
         self._loop.count(failed=1)
         if record.state == "parked":
@@ -148,31 +179,24 @@ class Aside:
                 "aggregate_parked" if record.state == "parked" else "aggregate_set_aside",
                 aggregate_id=aggregate_id, sequence_no=record.sequence_no, category=record.category, reason=record.reason,
             )  # fmt: skip
-        self._check_cap()
 
-    def refuse(self, failure: Failure, changes: Changes) -> Changes:
+    def refuse(self, failure: Failure, changes: Changes, parked: ParkedWrites) -> Changes:
         """Sets the aggregate aside whose document MongoDB refused; returns the changes without it."""
-        if not failure.sequence_no:
-            failure = failure._replace(sequence_no=self._loop.folder.mark(failure.aggregate_id))
+        aggregate_id = failure.aggregate_id
+        if not failure.sequence_no:  # MongoDB tells the document, not the event: it is one of those up to the last
+            failure = failure._replace(sequence_no=changes.aggregates[aggregate_id])
         self.fail(failure)
-        return changes.without(failure.aggregate_id)
+        parked.refused(self.records[aggregate_id])
+        return changes.without(aggregate_id)
 
     def _put(self, record: Parked) -> None:
         self.records[record.aggregate_id] = record
         self._changed[record.aggregate_id] = record
-        self._measure()
+        self._check_cap()
 
     def _check_cap(self) -> None:
         if len(self.records) > self._loop.settings.max_parked:
             raise StoppedError(f"more than {self._loop.settings.max_parked} aggregates are set aside")
-
-    def _measure(self) -> None:
-        name = self.build.projection.name
-        parked = sum(record.state == "parked" for record in self.records.values())
-        self._loop.metrics.parked.labels(name, "parked").set(parked)
-        self._loop.metrics.parked.labels(name, "retrying").set(len(self.records) - parked)
-        oldest = min((record.since.timestamp() for record in self.records.values()), default=0)
-        self._loop.metrics.parked_oldest.labels(name).set(oldest)
 
     def snapshot(self) -> ParkedWrites:
         """What is to be written now."""
@@ -190,94 +214,159 @@ class Aside:
     async def heal_gaps(self, gaps: dict[str, int]) -> None:
         """Reads the missing events before these from the log and applies them; what the log lacks is set aside."""
         for aggregate_id, sequence_no in gaps.items():
-            self._seen[aggregate_id] = sequence_no
-            await self._turn(aggregate_id, None)
+            self._saw(aggregate_id, sequence_no)
+        names = list(gaps)
+        for start in range(0, len(names), GROUP):
+            await self._heal_group(names[start : start + GROUP])
+
+    async def _heal_group(self, names: list[str]) -> None:
+        """Reads a number of aggregates at once, which are in memory; whatever is not simply healed by it gets a turn."""
+        folder = self._loop.folder
+        marks = {name: folder.mark(name) for name in names if name not in self.records}
+        budget = TURN_EVENTS
+        async for events in self._read(marks, budget):
+            budget -= len(events)
+            outcome = folder.fold(events, self.records)
+            self._loop.count(healed=outcome.tally.applied, unhandled=outcome.tally.unhandled)
+            for failure in outcome.failures:
+                self.fail(failure)
+            await self._loop.make_way()
+        for name in marks:
+            if name in self.records:
+                continue
+            number = folder.mark(name) + 1
+            if number > self._seen.get(name, 0):
+                self._seen.pop(name, None)
+            elif budget > 0:
+                self.fail(_missing(name, number))
+            else:  # there is more of it than fits into a turn
+                self._put(Parked(self.build.id, name, number, None, None, "gap", "being read from the log"))
 
     async def heal_due(self) -> None:
-        """Gives a turn to those whose time has come."""
-        due = [record for record in self.records.values() if record.is_due]
+        """Gives turns to those whose time has come, the longest due first."""
+        budget = TURN_EVENTS
+        due = sorted((record for record in self.records.values() if record.is_due), key=attrgetter("due"))
         for record in due[:TURNS]:
-            await self._turn(record.aggregate_id, record)
+            if self.records.get(record.aggregate_id) is record:  # it may have failed anew in another's turn
+                budget -= await self._turn(record, budget)
+            if budget <= 0:
+                return
 
-    async def _turn(self, aggregate_id: str, record: Parked | None) -> None:
-        loop, folder = self._loop, self._loop.folder
-        if record is not None:
-            await loop.flush()  # what an earlier turn folded must not be forgotten now, or it would never get on
-        async with loop.writing:  # nothing of it is under way while it is read
-            folder.discard(aggregate_id)
-            await folder.load({aggregate_id})
-        until, budget = None, TURN_EVENTS
-        if record is not None and record.category == "write":
-            budget = 1  # a refused document does not tell which of its events it was
-        elif record is not None and folder.mark(aggregate_id) < record.sequence_no - 1:
-            until = record.sequence_no - 1  # first, and for good, what comes before the failing event
-        failure, complete, healed = await self._replay(aggregate_id, record.skips if record else (), until, budget)
-        loop.count(healed=healed)
+    async def _turn(self, record: Parked, budget: int) -> int:
+        """Reads an aggregate on from its mark; returns how many events it read."""
+        loop, folder, name = self._loop, self._loop.folder, record.aggregate_id
+        async with loop.between_writes():  # nothing of it is under way while it is read
+            await folder.load({name})
+        if record.category == "write" and record.event_id is None:
+            return await self._isolate(record)
+        mark = folder.mark(name)
+        until = record.sequence_no - 1 if mark < record.sequence_no - 1 else None
+        if until is None:
+            record.settled = True
+            if not record.is_due:
+                return 0
+            if record.category == "reset":
+                await self._look_at_reset(record, mark)
+                return 0
+            if record.category == "write":
+                budget = 1  # to know that it is this event again
+        failure, complete, read = await self._replay(record, until, budget)
+        if until is None and self.records.get(name) is record and failure is None:
+            await loop.flush()  # only now it shows whether MongoDB takes the document
+        if self.records.get(name) is not record:
+            return read
         if failure is not None:
             self.fail(failure)
-        elif complete and folder.mark(aggregate_id) >= self._seen.get(aggregate_id, 0):
-            if record is not None:
-                await loop.flush()  # only now it shows whether MongoDB takes the document
-            if self.records.get(aggregate_id) is record:
-                self._release(aggregate_id)
+        elif complete and folder.mark(name) >= self._seen.get(name, 0):
+            self._release(name)
         elif complete:
-            number = folder.mark(aggregate_id) + 1
-            self.fail(
-                Failure(aggregate_id, number, None, None, "gap", f"the log has no event {number} of this aggregate")
-            )
-        elif record is None:
-            number = folder.mark(aggregate_id) + 1
-            self._put(Parked(self.build.id, aggregate_id, number, None, None, "gap", "being read from the log"))
-        elif until is None:  # there is more: its next turn is the next one
-            record.due = datetime.datetime.now(datetime.UTC)
+            self.fail(_missing(name, folder.mark(name) + 1))
+        elif until is None:
+            record.category, record.reason = "gap", "being read from the log"
+        return read
+
+    async def _isolate(self, record: Parked) -> int:
+        """Finds, by halving, the event that makes a document which cannot be stored; what comes before it is written."""
+        loop, folder, name = self._loop, self._loop.folder, record.aggregate_id
+        before, refused = folder.mark(name), record.sequence_no
+        read = 0
+        while refused - before > 1:
+            failure, complete, count = await self._replay(record, (before + refused) // 2, TURN_EVENTS)
+            read += count
+            if failure is None and self.records.get(name) is record:
+                await loop.flush()
+            if (now := self.records[name]) is not record:
+                if now.category != "write" or now.event_id is not None:
+                    return read
+                now.attempts, record = record.attempts, now
+                refused = min(refused, record.sequence_no)
+                async with loop.between_writes():
+                    await folder.load({name})
+            elif failure is not None:
+                self.fail(failure)
+                return read
+            elif complete:
+                break
+            before = folder.mark(name)
+        record = dataclasses.replace(record, sequence_no=refused, settled=True)
+        async for events in event_log.batches_after(loop.log, {name: before}, limit=1):
+            record.event_id, record.event_name = events[0]["_id"], events[0]["eventName"]
+        self._put(record)
+        return read
+
+    async def _look_at_reset(self, record: Parked, mark: int) -> None:
+        """An aggregate that lost events which were applied is current again when the log has them back, and not before."""
+        head = await event_log.head(self._loop.log, record.aggregate_id)
+        if head < mark:
+            self.fail(reset(record.aggregate_id, mark, head))
+        else:
+            record.category, record.reason = "gap", "being read from the log"
 
     def _release(self, aggregate_id: str) -> None:
         """It is current again."""
         self._seen.pop(aggregate_id, None)
-        if self.records.pop(aggregate_id, None) is not None:
-            self._changed.pop(aggregate_id, None)
-            self._healed.add(aggregate_id)
-            self._log.info("aggregate_healed", aggregate_id=aggregate_id)
-            self._measure()
+        del self.records[aggregate_id]
+        self._changed.pop(aggregate_id, None)
+        self._healed.add(aggregate_id)
+        self._log.info("aggregate_healed", aggregate_id=aggregate_id)
 
-    async def _replay(
-        self, aggregate_id: str, skips: tuple[int, ...], until: int | None, budget: int
-    ) -> tuple[Failure | None, bool, int]:
-        """Folds events from the log above the mark: the failure met, whether the log's end was, and how many were applied."""
-        folder = self._loop.folder
-        applied = 0
-        while budget > 0:
-            size = min(budget, event_log.PAGE)
-            page = await event_log.history(self._loop.log, aggregate_id, after=folder.mark(aggregate_id), limit=size)
-            for event in page:
-                number = int(event["sequenceNo"])
-                if until is not None and number > until:
-                    return None, False, applied
-                failure, count = self._apply(aggregate_id, event, skips)
-                applied += count
-                if failure is not None:
-                    return failure, False, applied
-            self._skip(aggregate_id, skips)
-            budget -= len(page)
-            if len(page) < size:
-                return None, True, applied
-        return None, False, applied
+    async def _replay(self, record: Parked, until: int | None, budget: int) -> tuple[Failure | None, bool, int]:
+        """Folds events from the log above the mark: the failure met, whether the log's end was, and how many were read."""
+        folder, name = self._loop.folder, record.aggregate_id
+        mark = folder.mark(name)
+        limit = budget if until is None else max(1, min(budget, until - mark))
+        read = 0
+        async for events in self._read({name: mark}, limit):
+            for event in events:
+                if until is not None and event["sequenceNo"] > until:
+                    return None, False, read
+                read += 1
+                if failure := self._apply(event, record.skips):
+                    return failure, False, read
+            await self._loop.make_way()
+            if self.records.get(name) is not record:
+                return None, False, read  # MongoDB refused what was folded of it
+        if read < limit:
+            self._skip(name, record.skips)
+        return None, read < limit, read
 
-    def _apply(self, aggregate_id: str, event: EventDocument, skips: tuple[int, ...]) -> tuple[Failure | None, int]:
+    def _read(self, marks: dict[str, int], limit: int) -> AsyncIterator[list[Event]]:
+        return event_log.batches_after(self._loop.log, marks, limit=limit, fields=self.build.projection.fields)
+
+    def _apply(self, event: Event, skips: tuple[int, ...]) -> Failure | None:
         """Folds one event from the log, or passes it over."""
-        folder = self._loop.folder
+        folder, name = self._loop.folder, event["aggregateId"]
         number = int(event["sequenceNo"])
-        self._skip(aggregate_id, skips, number)
-        if number <= folder.mark(aggregate_id):
-            return None, 0
-        outcome = folder.fold([dict(event)], ())
+        self._skip(name, skips, number)
+        if number <= folder.mark(name):
+            return None
+        outcome = folder.fold([event], ())
         if outcome.failures:
-            return outcome.failures[0], 0
+            return outcome.failures[0]
         if outcome.gaps:
-            missing = folder.mark(aggregate_id) + 1
-            reason = f"the log has event {number} of this aggregate, but not {missing}"
-            return Failure(aggregate_id, missing, None, None, "gap", reason), 0
-        return None, outcome.tally.applied
+            return _missing(name, folder.mark(name) + 1)
+        self._loop.count(healed=outcome.tally.applied, unhandled=outcome.tally.unhandled)
+        return None
 
     def _skip(self, aggregate_id: str, skips: tuple[int, ...], up_to: int | None = None) -> None:
         """Passes over the events that a person named, as far as they are next."""
@@ -285,3 +374,13 @@ class Aside:
         while (number := folder.mark(aggregate_id) + 1) in skips and (up_to is None or number <= up_to):
             folder.skip(aggregate_id, number)
             self._loop.count(skipped=1)
+
+
+def _missing(aggregate_id: str, number: int) -> Failure:
+    return Failure(aggregate_id, number, None, None, "gap", f"the log has no event {number} of this aggregate")
+
+
+def reset(aggregate_id: str, mark: int, head: int) -> Failure:
+    """The failure of an aggregate whose log ends before what was applied of it."""
+    reason = f"event {mark} was applied, but the log ends with {head}: it was restored, or is another one"
+    return Failure(aggregate_id, mark, None, None, "reset", reason)

@@ -15,8 +15,9 @@ import bson
 from bson.raw_bson import RawBSONDocument
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
+    from bson.int64 import Int64
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
@@ -29,8 +30,10 @@ __all__ = [
     "Failure",
     "Folder",
     "Outcome",
+    "StaleMarksError",
     "Tally",
     "encode_document",
+    "unstorable",
     "write_documents",
 ]
 
@@ -65,12 +68,29 @@ class Failure(NamedTuple):
         )
 
 
+def unstorable(aggregate_id: str, error: BaseException | str) -> Failure:
+    """The failure of an aggregate whose document cannot be stored. Which event made it so is not known yet (0)."""
+    reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return Failure(aggregate_id, 0, None, None, "write", reason[:1_000])
+
+
 class EventFailedError(Exception):
     """Raised inside the transaction for the event that stands in its way."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.reason)
         self.failure = failure
+
+
+class StaleMarksError(Exception):
+    """Marks in memory are not those in MongoDB: nothing was written, and the partition must begin again.
+
+    It happens when marks were read from a primary just elected, which did not know yet what a majority had. Documents that are
+    read within the transaction would otherwise get events twice.
+    """
+
+    def __init__(self, aggregates: int) -> None:
+        super().__init__(f"{aggregates} marks are others than they were when they were read")
 
 
 @dataclass(slots=True)
@@ -103,7 +123,9 @@ class DocumentWrites:
     replaces: list[tuple[Any, RawBSONDocument]] = field(default_factory=list)
     replaced_by: list[str] = field(default_factory=list)
     deletes: list[Any] = field(default_factory=list)
-    marks: dict[str, int] = field(default_factory=dict)
+    marks: dict[str, Int64] = field(default_factory=dict)
+    marks_before: dict[str, int] | None = None
+    """What the marks must be for the writes to be right (0: there is none); None where they may be anything lower."""
 
 
 class Changes(abc.ABC):
@@ -113,8 +135,8 @@ class Changes(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def aggregates(self) -> Collection[str]:
-        """The aggregates that it changes."""
+    def aggregates(self) -> Mapping[str, int]:
+        """The aggregates that it changes, with the last sequenceNo of each."""
 
     @abc.abstractmethod
     async def write(self, session: AsyncClientSession) -> None:
@@ -180,11 +202,24 @@ async def write_documents(
     if writes.deletes:
         await database[collection].delete_many({"_id": {"$in": writes.deletes}}, session=session)
     if writes.marks:
-        updates = [
-            {"q": {"_id": aggregate_id}, "u": {"$max": {"mark": mark}}, "upsert": True}
-            for aggregate_id, mark in writes.marks.items()
-        ]
-        await _run(database, {"update": marks, "updates": updates, "ordered": False}, session, list(writes.marks))
+        await _write_marks(database, marks, writes, session)
+
+
+async def _write_marks(database: Database, marks: str, writes: DocumentWrites, session: AsyncClientSession) -> None:
+    before = writes.marks_before
+    updates: list[dict[str, Any]] = []
+    for aggregate_id, mark in writes.marks.items():
+        if before is None:
+            updates.append({"q": {"_id": aggregate_id}, "u": {"$max": {"mark": mark}}, "upsert": True})
+        else:
+            known = before[aggregate_id]
+            query = {"_id": aggregate_id, "mark": known} if known else {"_id": aggregate_id}
+            change = {"$set" if known else "$setOnInsert": {"mark": mark}}
+            updates.append({"q": query, "u": change, "upsert": not known})
+    reply = await _run(database, {"update": marks, "updates": updates, "ordered": False}, session, list(writes.marks))
+    written = reply.get("nModified", 0) + len(reply.get("upserted", ()))
+    if before is not None and written != len(updates):
+        raise StaleMarksError(len(updates) - written)
 
 
 def _chunks(sizes: list[int]) -> list[tuple[int, int]]:
@@ -201,10 +236,13 @@ def _chunks(sizes: list[int]) -> list[tuple[int, int]]:
     return chunks
 
 
-async def _run(database: Database, command: dict[str, Any], session: AsyncClientSession, authors: list[str]) -> None:
+async def _run(
+    database: Database, command: dict[str, Any], session: AsyncClientSession, authors: list[str]
+) -> dict[str, Any]:
     """Runs a write command as it is: pymongo's bulk API costs twice the time for the same bytes (bench/README.md)."""
-    reply = await database.command(command, session=session)
+    reply: dict[str, Any] = await database.command(command, session=session)
     if errors := reply.get("writeErrors"):
         first = errors[0]
-        reason = f"MongoDB refused the document: {first.get('errmsg', first.get('code'))}"[:1_000]
-        raise EventFailedError(Failure(authors[first["index"]], 0, None, None, "write", reason))
+        reason = f"MongoDB refused the document: {first.get('errmsg', first.get('code'))}"
+        raise EventFailedError(unstorable(authors[first["index"]], reason))
+    return reply

@@ -8,10 +8,12 @@ change of the number of partitions.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pymongo import ReturnDocument
+from pymongo.errors import OperationFailure
 
 from eventstore.event import SLOTS
 from projector.position import Position
@@ -55,20 +57,39 @@ class Checkpoint:
     partition: PartitionId
     epoch: int
     position: Position
+    session: AsyncClientSession
+    """The session of all its transactions. Its id is in the checkpoint, so that the next owner can end what this one left open."""
     scan: bool = False
     """The log must be read before the stream: the build is new."""
 
     @classmethod
-    async def take(cls, database: Database, partition: PartitionId, owner: str) -> Checkpoint:
-        """Raises the epoch, which fences every former owner, and reads the position. Raises FencedError without one."""
-        found = await database[CHECKPOINTS].find_one_and_update(
-            {"_id": str(partition)},
-            [{"$set": {"epoch": {"$add": ["$epoch", 1]}, "owner": owner, "takenAt": "$$NOW"}}],
-            return_document=ReturnDocument.AFTER,
+    async def take(cls, database: Database, partition: PartitionId, owner: str, *, again: bool = False) -> Checkpoint:
+        """Raises the epoch, which fences every former owner, and reads the position.
+
+        `again`: only if this owner is the last one that took it; without a lease in hand it must not take it from another.
+        Raises FencedError when that is not so, or there is no such partition.
+        """
+        mine = {"_id": str(partition)} | ({"owner": owner} if again else {})
+        await _end_transactions(database, mine)
+        session = database.client.start_session()
+        taken = {"owner": owner, "session": session.session_id["id"], "takenAt": "$$NOW"}
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(session.end_session)
+            found = await database[CHECKPOINTS].find_one_and_update(
+                mine,
+                [{"$set": {"epoch": {"$add": ["$epoch", 1]}, **taken}}],
+                return_document=ReturnDocument.AFTER,
+            )
+            if found is None:
+                raise FencedError(f"{partition} has another owner, or is no longer in the layout of its build")
+            stack.pop_all()
+        return cls(
+            database, partition, int(found["epoch"]), Position.load(found), session, scan=found.get("scan", False)
         )
-        if found is None:
-            raise FencedError(f"{partition} is no longer in the layout of its build")
-        return cls(database, partition, int(found["epoch"]), Position.load(found), scan=found.get("scan", False))
+
+    async def close(self) -> None:
+        """Ends its session."""
+        await self.session.end_session()
 
     async def move(self, position: Position, session: AsyncClientSession | None = None) -> None:
         """Moves it, within the transaction of `session` where there is one. Raises FencedError."""
@@ -89,6 +110,20 @@ class Checkpoint:
         self.scan = False
 
 
+async def _end_transactions(database: Database, query: dict[str, Any]) -> None:
+    """Ends the transactions that the former owners of these checkpoints left open.
+
+    A process that was killed or stopped amid a transaction leaves it open on the server for a minute
+    (transactionLifetimeLimitSeconds), and until then nobody else can write what it wrote, the checkpoint first of all.
+    Sessions of one's own user may be ended without any privilege.
+    """
+    found = await database[CHECKPOINTS].find(query, {"session": 1}).to_list(1_000)
+    sessions = [{"id": checkpoint["session"]} for checkpoint in found if "session" in checkpoint]
+    if sessions:
+        with contextlib.suppress(OperationFailure):  # a server without it: the next owner waits
+            await database.command({"killSessions": sessions})
+
+
 def _literal(position: Position) -> dict[str, Any]:
     """The fields of a position for an update pipeline, in which a text with `$` would be a reference."""
     return {key: {"$literal": value} for key, value in position.dump().items()}
@@ -99,6 +134,10 @@ async def layout_of(database: Database, build: str) -> list[dict[str, Any]]:
     return await database[CHECKPOINTS].find({"build": build}).to_list(1_000)
 
 
+def _is(present: list[dict[str, Any]], count: int) -> bool:
+    return len(present) == count and all(found["partitions"] == count for found in present)
+
+
 async def ensure_layout(database: Database, build: str, count: int, start: Position | None = None) -> bool:
     """Makes `count` partitions the layout of a build; True when it had another one, or none.
 
@@ -107,18 +146,22 @@ async def ensure_layout(database: Database, build: str, count: int, start: Posit
     then at `start`; without a start nothing is made.
     """
 
+    if _is(await layout_of(database, build), count):
+        return False
+    await _end_transactions(database, {"build": build})
+
     async def change(session: AsyncClientSession) -> bool:
         present = await database[CHECKPOINTS].find({"build": build}, session=session).to_list(1_000)
-        if len(present) == count and all(found["partitions"] == count for found in present):
+        if _is(present, count):
             return False
         if present:
-            oldest = min((Position.load(found) for found in present), key=lambda position: position.cluster_time)
+            oldest = min((Position.load(found) for found in present), key=Position.order)
             await database[CHECKPOINTS].delete_many({"build": build}, session=session)
         elif start is not None:
             oldest = start
         else:
             return False
-        epoch = max((int(found["epoch"]) for found in present), default=0)
+        epoch = 1 + max((int(found["epoch"]) for found in present), default=0)
         scan = any(found.get("scan", False) for found in present) if present else True
         await database[CHECKPOINTS].insert_many(
             [

@@ -74,7 +74,8 @@ class Metrics:
         )
         self.rebuild_ratio = gauge("projector_rebuild_progress_ratio", "How much of a rebuild is done, 0 to 1")
         self.rebuild_events = counter("projector_rebuild_events", "Events folded by rebuilds")
-        self.oplog_window = Gauge("projector_oplog_window_seconds", "Age of the oldest oplog entry", registry=registry)
+        self._oplog_window = Gauge("projector_oplog_window_seconds", "Age of the oldest oplog entry", registry=None)
+        self._oplog_known = False
         self.replicas = Gauge("projector_replicas", "Projector processes that live", registry=registry)
 
     def start(self, projection: str) -> None:
@@ -92,6 +93,15 @@ class Metrics:
         ):  # fmt: skip
             metric.labels(projection)
         self.set_health(projection, "standby")
+
+    def set_oplog_window(self, seconds: float | None) -> None:
+        """Sets the age of the oldest oplog entry. None, where it may not be read: no sample at all, since 0 would be alarming."""
+        if (seconds is not None) != self._oplog_known:
+            self._oplog_known = seconds is not None
+            change = self.registry.register if self._oplog_known else self.registry.unregister
+            change(self._oplog_window)
+        if seconds is not None:
+            self._oplog_window.set(seconds)
 
     def set_health(self, projection: str, state: str) -> None:
         """Makes `state` the one that is 1."""

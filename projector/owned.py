@@ -10,18 +10,28 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bson.int64 import Int64
 
-from projector.changes import Changes, DocumentWrites, Failure, Folder, Outcome, encode_document, write_documents
+from projector.changes import (
+    Changes,
+    DocumentWrites,
+    Failure,
+    Folder,
+    Outcome,
+    encode_document,
+    unstorable,
+    write_documents,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
+    from bson.raw_bson import RawBSONDocument
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
     from projector.build import Build
     from projector.projection import Event, State
 
-__all__ = ["MARK", "OwnedFolder"]
+__all__ = ["MARK", "OwnedChanges", "OwnedFolder", "marked"]
 
 MARK: Final = "_mark"
 
@@ -34,19 +44,28 @@ is the cheaper mistake than a killed pod."""
 class _Entry:
     """An aggregate in memory: its mark, its document, whether MongoDB has that document, and its last encoded size."""
 
-    __slots__ = ("event", "mark", "size", "state", "stored")
+    __slots__ = ("mark", "size", "state", "stored")
 
     def __init__(self, mark: int, state: State | None, *, stored: bool) -> None:
         self.mark = mark
         self.state = state
         self.stored = stored
         self.size = 0
-        self.event: Event | None = None  # the last one applied, to name it when the document cannot be stored
 
 
-class _OwnedChanges(Changes):
+def marked(aggregate_id: str, mark: int, state: State) -> RawBSONDocument:
+    """The document as it is stored, with its mark. Raises what `encode_document` raises."""
+    whole = {"_id": aggregate_id, MARK: Int64(mark)}
+    whole.update(state)
+    whole["_id"] = aggregate_id  # a handler may have put anything there
+    return encode_document(whole)
+
+
+class OwnedChanges(Changes):
+    """Documents keyed by the aggregate, and marks of deleted ones."""
+
     def __init__(
-        self, database: Database, build: Build, writes: DocumentWrites, aggregates: set[str], events: int
+        self, database: Database, build: Build, writes: DocumentWrites, aggregates: Mapping[str, int], events: int
     ) -> None:
         self._database = database
         self._build = build
@@ -55,7 +74,7 @@ class _OwnedChanges(Changes):
         self.events = events
 
     @property
-    def aggregates(self) -> Collection[str]:
+    def aggregates(self) -> Mapping[str, int]:
         return self._aggregates
 
     async def write(self, session: AsyncClientSession) -> None:
@@ -73,7 +92,8 @@ class _OwnedChanges(Changes):
                 new.replaced_by.append(author)
         new.deletes = [key for key in old.deletes if key != aggregate_id]
         new.marks = {key: mark for key, mark in old.marks.items() if key != aggregate_id}
-        return _OwnedChanges(self._database, self._build, new, self._aggregates - {aggregate_id}, self.events)
+        aggregates = {key: mark for key, mark in self._aggregates.items() if key != aggregate_id}
+        return OwnedChanges(self._database, self._build, new, aggregates, self.events)
 
 
 class OwnedFolder(Folder):
@@ -146,7 +166,6 @@ class OwnedFolder(Folder):
                         outcome.failures.append(Failure.of(event, "fold", error))
                         passed[aggregate_id] = sequence_no
                         continue
-                    entry.event = event
                     dirty[aggregate_id] = entry
                     applied += 1
                 else:
@@ -190,16 +209,12 @@ class OwnedFolder(Folder):
                     entry.stored = False
                 writes.marks[aggregate_id] = Int64(entry.mark)
                 continue
-            whole = {"_id": aggregate_id, MARK: Int64(entry.mark)}
-            whole.update(state)
-            whole["_id"] = aggregate_id  # a handler may have put anything there
             try:
                 # Encoded now, since folding goes on in the same document while this is being written.
-                document = encode_document(whole)
+                document = marked(aggregate_id, entry.mark, state)
             except Exception as error:  # noqa: BLE001 - an int beyond int64, an unknown type, too large
-                failures.append(_cannot_store(aggregate_id, entry, error))
+                failures.append(unstorable(aggregate_id, error)._replace(sequence_no=entry.mark))
                 continue
-            entry.event = None
             self._bytes += len(document.raw) - entry.size
             entry.size = len(document.raw)
             if entry.stored:
@@ -213,10 +228,5 @@ class OwnedFolder(Folder):
             del dirty[failure.aggregate_id]
             self.discard(failure.aggregate_id)
         self._in_flight = dirty
-        return _OwnedChanges(self._database, self._build, writes, set(dirty), events), failures
-
-
-def _cannot_store(aggregate_id: str, entry: _Entry, error: Exception) -> Failure:
-    if entry.event is not None:
-        return Failure.of(entry.event, "write", error)
-    return Failure(aggregate_id, entry.mark, None, None, "write", f"{type(error).__name__}: {error}"[:1_000])
+        marks = {aggregate_id: entry.mark for aggregate_id, entry in dirty.items()}
+        return OwnedChanges(self._database, self._build, writes, marks, events), failures

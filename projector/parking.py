@@ -59,18 +59,23 @@ class Parked:
     skips: tuple[int, ...] = ()
     revision: int = 0
     """Raised by each command of a person, so that the partition sees it and no answer to an older one overwrites it."""
+    settled: bool = False
+    """Whether all that comes before the event is known to be folded; in memory alone."""
 
     @classmethod
     def of(cls, build: str, failure: Failure, before: Parked | None, retry_seconds: float) -> Parked:
         """The record after one more failure."""
         record = cls(build, *failure)
         if before is not None:
-            record.attempts = before.attempts + 1
-            record.since, record.skips, record.revision = before.since, before.skips, before.revision
+            record.skips, record.revision = before.skips, before.revision
+            if record.sequence_no <= before.sequence_no:  # else it got past that event, and this one has its own time
+                record.attempts, record.since = before.attempts + 1, before.since
+            if record.sequence_no == before.sequence_no and record.event_id is None:
+                record.event_id, record.event_name = before.event_id, before.event_name
         pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** min(record.attempts, 16))
         record.due = _now() + datetime.timedelta(seconds=pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
-        if (_now() - record.since).total_seconds() >= retry_seconds:
-            record.state = "parked"
+        if (_now() - record.since).total_seconds() >= retry_seconds or record.category == "reset":
+            record.state = "parked"  # what was applied and is no longer in the log, only a person can judge
         return record
 
     @classmethod
@@ -114,8 +119,8 @@ class Parked:
 
     @property
     def is_due(self) -> bool:
-        """Whether the partition should try again now."""
-        return self.state == "retrying" and _now() >= self.due
+        """Whether the partition should give it a turn now."""
+        return not self.settled or (self.state == "retrying" and _now() >= self.due)
 
 
 async def read_parked(

@@ -13,6 +13,7 @@ The position is moved only when a whole batch has been folded, healed and set as
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -26,17 +27,22 @@ from projector.aside import Aside, StoppedError
 from projector.changes import Changes, EventFailedError
 from projector.checkpoint import Checkpoint, FencedError, PartitionId
 from projector.owned import OwnedFolder
-from projector.repair import repair
+from projector.repair import InterruptedRepairError, repair
 from projector.shared import SharedFolder
-from projector.stream import BATCH_EVENTS, EventStream, PositionLostError, position_now
+from projector.stream import EventStream, PositionLostError, position_now
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from pydantic import SecretStr
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
+    from projector.aside import ParkedWrites
     from projector.build import Build
     from projector.changes import Failure, Folder
     from projector.metrics import Metrics
+    from projector.parking import Parked
     from projector.position import Position
     from projector.settings import ProjectorSettings
     from projector.stream import Batch
@@ -45,6 +51,10 @@ __all__ = ["OwnSource", "Partition", "Progress", "Source", "Surroundings"]
 
 PENDING_EVENTS: Final = 10_000
 """Folded events that may wait for the writer. Two batches: one more than it needs to never wait for the reader."""
+
+PENDING_BATCHES: Final = 8
+"""Batches that may wait for the writer, however few events they hold: a batch has at most 16 MiB, so this bounds the memory for
+large events. Fewer would make the reader wait for nothing while batches are small."""
 
 IDLE_CHECKPOINT_SECONDS: Final = 10.0
 """How often a quiet partition writes its position down. Seldom enough to cost nothing (12 small updates a minute for 2
@@ -60,6 +70,10 @@ WRITE_SECONDS: Final = 60.0
 """How long one transaction may take, with all its repetitions; MongoDB ends one after 60 s itself."""
 
 _log = structlog.stdlib.get_logger(__name__)
+
+
+class _VoidError(Exception):
+    """An earlier write has failed, so memory is void: the partition begins again from its checkpoint."""
 
 
 class Source(Protocol):
@@ -80,6 +94,8 @@ class Surroundings(Protocol):
     settings: ProjectorSettings
     metrics: Metrics
     owner: str
+    uri: SecretStr | None
+    """By which processes of our own connect."""
 
     def source(self, build: Build, position: Position, slots: range) -> Source:
         """Opens a source of batches from a position."""
@@ -92,21 +108,31 @@ class Progress:
     state: str = "catching_up"
     """One of `projector.metrics.HEALTH_STATES`."""
     caught_up: bool = False
-    """Everything that the stream has brought is written, and it had no more to bring when it was last asked."""
+    """Everything that the stream has brought is written, and it stood at the log's end when it was last asked."""
     position: Position | None = None
-    last_event_time: float | None = None
-    """Commit time of the newest event folded, seconds since the epoch."""
+    """Everything before it is in the read model."""
+    checkpoint: Position | None = None
+    """Where the partition would resume now."""
     heartbeat: float = field(default_factory=time.time)
     error: str | None = None
+    density: float = 0.0
+    """Events that the stream brought per second of the log's time, lately: to estimate how many are still to come."""
+    pending: int = 0
+    """Events that wait for the writer."""
+    aside: Mapping[str, Parked] = field(default_factory=dict)
+    """The aggregates that are set aside."""
 
     def lag_seconds(self) -> float:
-        """0 when caught up, else the age of the newest event folded (or of the position, before the first one)."""
-        if self.caught_up:
+        """0 when caught up, else the age of the oldest event that may not have been applied yet."""
+        if self.caught_up or self.position is None:
             return 0.0
-        since = self.last_event_time
-        if since is None and self.position is not None:
-            since = self.position.cluster_time.time
-        return max(0.0, time.time() - since) if since is not None else 0.0
+        return max(0.0, time.time() - self.position.cluster_time.time)
+
+    def backlog_events(self) -> int:
+        """An estimate of the events not applied yet: those that wait, and those that the lag stands for."""
+        if self.caught_up:
+            return self.pending
+        return max(1, self.pending, round(self.density * self.lag_seconds()))
 
 
 class Partition:
@@ -131,30 +157,45 @@ class Partition:
         pause = 0.05
         started = time.monotonic()
         lost: PositionLostError | None = None
+        again = False
         while not self._stopping.is_set():
             try:
-                if lost is not None:
-                    await self._repair(lost)
-                    lost = None
-                checkpoint = await Checkpoint.take(self._around.database, self.id, self._around.owner)
-                if checkpoint.scan:
-                    await self._scan(checkpoint)
-                started = time.monotonic()
-                await self._from(checkpoint)
+                async with self._taken(again=again) as checkpoint:
+                    again = True
+                    if lost is not None:
+                        await self._repair(checkpoint, lost)
+                        lost = None
+                    if checkpoint.scan:
+                        await self._scan(checkpoint)
+                    started = time.monotonic()
+                    await self._from(checkpoint)
             except (FencedError, StoppedError):
                 raise
-            except PositionLostError as error:
-                self._restart("history_lost", error)
-                lost = error
+            except InterruptedRepairError:
+                return
             except Exception as error:  # noqa: BLE001 - whatever it is, memory is void and the checkpoint is not
-                meaning = classify(error)
-                reason = "unexpected" if meaning is Meaning.UNEXPECTED else "unavailable"
-                self._restart(reason, error)
-                self.progress.state, self.progress.error = "waiting", type(error).__name__
+                if isinstance(error, PositionLostError):
+                    lost = error
+                    self._restart("history_lost", error)
+                else:
+                    meaning = classify(error)
+                    self._restart("unexpected" if meaning is Meaning.UNEXPECTED else "unavailable", error)
+                    self.progress.state, self.progress.error = "waiting", type(error).__name__
+                # A lost position is no retry loop either: one that is lost again and again waits longer and longer.
                 pause = 0.1 if time.monotonic() - started > 10 else min(pause * 2, 5.0)
                 await self._pause(pause)
 
+    @contextlib.asynccontextmanager
+    async def _taken(self, *, again: bool) -> AsyncIterator[Checkpoint]:
+        checkpoint = await Checkpoint.take(self._around.database, self.id, self._around.owner, again=again)
+        self.progress.position = self.progress.checkpoint = checkpoint.position
+        try:
+            yield checkpoint
+        finally:
+            await checkpoint.close()
+
     def _restart(self, reason: str, error: Exception) -> None:
+        self.progress.caught_up, self.progress.pending = False, 0
         self._metrics.restarts.labels(self._name, reason).inc()
         log = self._log.exception if reason == "unexpected" else self._log.warning
         log("partition_restarts", reason=reason, error=type(error).__name__, code=getattr(error, "code", None))
@@ -166,17 +207,16 @@ class Partition:
         except TimeoutError:
             pass
 
-    async def _repair(self, error: PositionLostError) -> None:
+    async def _repair(self, checkpoint: Checkpoint, error: PositionLostError) -> None:
         """Applies what the lost stream would have brought, from the log, and moves the checkpoint to a new token."""
-        self.progress.state, self.progress.caught_up = "repairing", False
-        checkpoint = await Checkpoint.take(self._around.database, self.id, self._around.owner)
+        self.progress.state = "repairing"
         count = await repair(_Loop(self, checkpoint), await position_now(self._around.log))
         self._metrics.repaired.labels(self._name).inc(count)
         self._log.warning("position_repaired", reason=error.reason, events=count)
 
     async def _scan(self, checkpoint: Checkpoint) -> None:
         """Fills a new build from the log. Its checkpoint's token was taken before, so the stream brings the rest."""
-        self.progress.state, self.progress.caught_up = "rebuilding", False
+        self.progress.state = "rebuilding"
         count = await repair(_Loop(self, checkpoint), checkpoint.position)
         await checkpoint.scanned()
         self._metrics.rebuild_events.labels(self._name).inc(count)
@@ -185,8 +225,8 @@ class Partition:
     async def _from(self, checkpoint: Checkpoint) -> None:
         """The loop from a checkpoint until `stop` or an error."""
         loop = _Loop(self, checkpoint)
-        self.progress.position = checkpoint.position
-        await loop.aside.reload()
+        self.progress.state = "catching_up"
+        await loop.aside.load()
         source = self._around.source(self._build, checkpoint.position, self.id.slots)
         try:
             await loop.run(source)
@@ -209,38 +249,65 @@ class _Loop:
         self.folder: Folder = folder_class(around.database, build)
         self.aside = Aside(self)
         self.progress = owner.progress
+        self.progress.aside = self.aside.records
         self._stopping = owner._stopping
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._written_at = self._looked_at = time.monotonic()
         self._newest: float | None = None
         self._drained = False
-        self.writing = asyncio.Lock()
+        self._batches = 0
+        self._events = self._seconds = 0.0
+        self._writer: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
+        self._in_doubt = False
+        """What was taken from the folder is not written: yet, or ever."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the partition was asked to end."""
+        return self._stopping.is_set()
 
     async def run(self, source: Source) -> None:
         """Reads and folds while the writer writes; ends after the last write."""
-        writer = asyncio.create_task(self._write_loop())
+        self._writer = writer = asyncio.create_task(self._write_loop())
         reader = asyncio.create_task(self._read_loop(source))
         try:
             await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 writer.result()
             reader.result()
-            await self._drain(writer)
+            await self._drain()
+        except _VoidError:
+            if writer.done():
+                writer.result()  # the cause
+            raise
         finally:
             await tasks.end([reader, writer])
 
-    async def _drain(self, writer: asyncio.Task[None]) -> None:
+    async def _drain(self) -> None:
         """Writes what was folded, and the position, before the partition is given back."""
         async with asyncio.timeout(self.settings.drain_seconds):
-            while self.dirty and not writer.done():
-                self._wake.set()
-                self._room.clear()
-                await self._room.wait()
-        if writer.done():
-            writer.result()
-        if self.position.cluster_time != self.checkpoint.position.cluster_time:
-            await self.checkpoint.move(self.position)
+            while self.dirty:
+                await self.flush()
+            await self._move_checkpoint()
+
+    @contextlib.asynccontextmanager
+    async def between_writes(self) -> AsyncIterator[None]:
+        """No write is under way while it lasts. Raises when one has failed: from then on memory is ahead of MongoDB by what it
+        held, and a position written now would pass events that were never applied."""
+        async with self._writing:
+            if self._in_doubt:
+                raise _VoidError
+            yield
+
+    async def _move_checkpoint(self) -> None:
+        """Writes the position down. Nothing must wait to be written."""
+        async with self.between_writes():
+            if self.position.cluster_time != self.checkpoint.position.cluster_time:
+                await self.checkpoint.move(self.position)
+            self.progress.checkpoint = self.checkpoint.position
+            self._written_at = time.monotonic()
 
     @property
     def dirty(self) -> bool:
@@ -251,10 +318,11 @@ class _Loop:
 
     async def _read_loop(self, source: Source) -> None:
         while not self._stopping.is_set():
-            batch = await source.get(TICK_SECONDS)
+            batch = await source.get(0 if self.aside.due else TICK_SECONDS)
             self.progress.heartbeat = time.time()
             if batch is not None:
                 await self.take(batch)
+                self._note(batch)
             await self._look_for_due()
 
     async def _look_for_due(self) -> None:
@@ -262,35 +330,58 @@ class _Loop:
         now = time.monotonic()
         if now - self._looked_at >= COMMAND_SECONDS:
             self._looked_at = now
-            await self.aside.reload()
+            await self.aside.follow_commands()
         if self.aside.due:
             await self.aside.heal_due()
         if self.dirty:
             self._wake.set()
         elif now - self._written_at > IDLE_CHECKPOINT_SECONDS:
-            await self._checkpoint_idle()
+            await self._move_checkpoint()
 
     async def take(self, batch: Batch) -> None:
         """Folds a batch, heals its gaps, sets failed aggregates aside, then moves the position."""
-        events = batch.events
-        if events:
-            await self._fold(events, light=batch.light)
+        if batch.events:
+            await self._fold(batch.events, light=batch.light)
         if batch.last_event_time is not None:
-            self._newest = self.progress.last_event_time = batch.last_event_time
-        self._drained = len(events) < BATCH_EVENTS
-        if self._drained:
-            self.progress.state, self.progress.error = "live", None
-        self.progress.caught_up = self._drained and not self.dirty
-        self.position = self.progress.position = batch.position
+            self._newest = batch.last_event_time
+        self.position = batch.position
+        self.progress.heartbeat = time.time()
+        self._show()
         if self.dirty:
             self._wake.set()
-        while self.folder.pending >= PENDING_EVENTS:
+        await self.make_way()
+
+    def _note(self, batch: Batch) -> None:
+        """What a batch of the stream tells of how far the partition is."""
+        progress, self._drained = self.progress, batch.drained
+        # Over about sixteen batches, so that neither a burst nor a pause says much by itself.
+        self._events = self._events * 15 / 16 + len(batch.events)
+        self._seconds = self._seconds * 15 / 16 + batch.seconds
+        progress.density = self._events / max(1.0, self._seconds)
+        progress.state, progress.error = ("live" if batch.drained else "catching_up"), None
+        self._show()
+
+    def _show(self) -> None:
+        progress, settled = self.progress, not self.dirty and not self._in_doubt
+        if settled:
+            progress.position = self.position
+        progress.caught_up = settled and self._drained
+        progress.pending = self.folder.pending
+
+    async def make_way(self) -> None:
+        """Called after each batch of events, from the stream or the log: waits while too much is folded and not written."""
+        self._batches = self._batches + 1 if self.folder.pending else 0
+        while self.folder.pending >= PENDING_EVENTS or self._batches >= PENDING_BATCHES:
+            if self._writer is None:  # the repair writes for itself
+                await self.flush()
+                continue
             self._room.clear()
             self._wake.set()
             await self._room.wait()
 
     async def _fold(self, events: list[dict[str, Any]], *, light: bool) -> None:
-        await self.folder.load({event["aggregateId"] for event in events})
+        # Not those that are aside: what is known of them must stay what their own turns have read.
+        await self.folder.load({event["aggregateId"] for event in events}.difference(self.aside.records))
         started = time.perf_counter()
         if light:  # the events came without payload: whatever is new of them must be read from the log
             gaps = {
@@ -335,29 +426,33 @@ class _Loop:
 
     async def flush(self) -> None:
         """Writes what has come together, by one transaction; aggregates that stand in its way are set aside first."""
-        async with self.writing:
+        async with self.between_writes():
             position, newest = self.position, self._newest
+            self._in_doubt = True
+            self._batches = 0
             changes, failures = self.folder.take()
             self._room.set()
             for failure in failures:
                 self.aside.fail(failure)
+            parked = self.aside.snapshot()
             started = time.perf_counter()
             while True:
                 try:
-                    await self._transaction(changes, position)
+                    await self._transaction(changes, parked, position)
                     break
                 except EventFailedError as error:
-                    changes = self.aside.refuse(error.failure, changes)
+                    changes = self.aside.refuse(error.failure, changes, parked)
+            self._in_doubt = False
             self.metrics.write_seconds.labels(self.name).observe(time.perf_counter() - started)
             self.metrics.write_events.labels(self.name).observe(changes.events)
             self._written_at = time.monotonic()
-            self.progress.caught_up = self._drained and not self.dirty
+            self.progress.position = self.progress.checkpoint = position
+            self._show()
             if newest is not None:
                 self.metrics.last_applied.labels(self.name).set(newest)
                 self.metrics.delay_seconds.labels(self.name).observe(max(0.0, time.time() - newest))
 
-    async def _transaction(self, changes: Changes, position: Position) -> None:
-        parked = self.aside.snapshot()
+    async def _transaction(self, changes: Changes, parked: ParkedWrites, position: Position) -> None:
         runs = 0
 
         async def write(session: AsyncClientSession) -> None:
@@ -368,18 +463,10 @@ class _Loop:
             await parked.write(session)
 
         with pymongo.timeout(WRITE_SECONDS):
-            async with self.database.client.start_session() as session:
-                await session.with_transaction(write)
+            await self.checkpoint.session.with_transaction(write)
         parked.done()
         if runs > 1:
             self.metrics.conflicts.labels(self.name).inc(runs - 1)
-
-    async def _checkpoint_idle(self) -> None:
-        """Moves the checkpoint of a quiet partition, so that its token does not age out unseen; reads commands."""
-        async with self.writing:
-            if self.position.cluster_time != self.checkpoint.position.cluster_time:
-                await self.checkpoint.move(self.position)
-            self._written_at = time.monotonic()
 
 
 class OwnSource:

@@ -37,6 +37,14 @@ class Position:
         """From its form in a checkpoint."""
         return cls(document["token"], document["clusterTime"])
 
+    def order(self) -> tuple[Timestamp, str]:
+        """A key that sorts positions by how far they are.
+
+        Events of one transaction have one cluster time, and a position may lie among them: there the tokens tell, whose
+        hexadecimal form sorts as the server does.
+        """
+        return self.cluster_time, str(self.token.get("_data"))
+
     def dump(self) -> dict[str, Any]:
         """Its form in a checkpoint."""
         return {"token": dict(self.token), "clusterTime": self.cluster_time}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from eventstore import log as event_log
+from projector.aside import reset
 from projector.behind import differences
-from projector.changes import Failure
 from projector.stream import BATCH_EVENTS, Batch
 
 if TYPE_CHECKING:
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from projector.checkpoint import PartitionId
     from projector.position import Position
 
-__all__ = ["Repairable", "repair"]
+__all__ = ["InterruptedRepairError", "Repairable", "repair"]
 
 GROUP: Final = 200
 """Aggregates read by one query. Its `$or` has a branch, thus an index seek, for each; MongoDB plans a few hundred well."""
+
+
+class InterruptedRepairError(Exception):
+    """The partition was asked to end: what has been read so far is written, and the next owner begins the repair again."""
 
 
 class Repairable(Protocol):
@@ -36,6 +40,10 @@ class Repairable(Protocol):
     aside: Aside
     position: Position
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the partition was asked to end."""
+
     async def take(self, batch: Batch) -> None:
         """Folds a batch."""
 
@@ -44,16 +52,18 @@ class Repairable(Protocol):
 
 
 async def repair(loop: Repairable, fresh: Position) -> int:
-    """Brings the partition up to date from the log and its position to `fresh`, taken before; returns the events read."""
-    await loop.aside.reload()
+    """Brings the partition up to date from the log and its position to `fresh`, taken before; returns the events read.
+
+    Raises InterruptedRepairError when the partition is to end before that.
+    """
+    await loop.aside.load()
     behind: dict[str, int] = {}
     events = read = 0
     async for found in differences(loop.log, loop.database, loop.build, loop.partition.slots):
         if found.aggregate_id in loop.aside.records:
             continue  # it is read from its mark anyway
         if found.head < found.mark:
-            reason = f"event {found.mark} was applied, but the log ends with {found.head}: it was restored, or is another one"
-            loop.aside.fail(Failure(found.aggregate_id, found.mark, None, None, "reset", reason))
+            loop.aside.fail(reset(found.aggregate_id, found.mark, found.head))
             continue
         behind[found.aggregate_id] = found.mark
         events += found.head - found.mark
@@ -69,17 +79,11 @@ async def repair(loop: Repairable, fresh: Position) -> int:
 async def _apply(loop: Repairable, marks: dict[str, int]) -> int:
     """Reads the events above these marks and applies them, in batches."""
     read = 0
-    while marks:
-        events = await event_log.events_after(loop.log, marks, limit=BATCH_EVENTS)
-        if not events:
-            break
+    async for events in event_log.batches_after(loop.log, marks, fields=loop.build.projection.fields):
         read += len(events)
-        await loop.take(Batch([dict(event) for event in events], loop.position))
-        await loop.flush()
-        if len(events) < BATCH_EVENTS:
-            break
-        last = events[-1]
-        # By aggregateId: those before the last one are complete.
-        marks = {name: mark for name, mark in marks.items() if name >= last["aggregateId"]}
-        marks[last["aggregateId"]] = int(last["sequenceNo"])
+        await loop.take(Batch(events, loop.position))
+        if loop.stopping:
+            await loop.flush()
+            raise InterruptedRepairError
+    await loop.flush()
     return read

@@ -19,11 +19,12 @@ from projector.changes import (
     Folder,
     Outcome,
     encode_document,
+    unstorable,
     write_documents,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from pymongo.asynchronous.client_session import AsyncClientSession
 
@@ -44,16 +45,24 @@ class _Accepted(NamedTuple):
 
 
 class _SharedChanges(Changes):
-    def __init__(self, database: Database, build: Build, accepted: list[_Accepted], marks: dict[str, int]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        build: Build,
+        accepted: list[_Accepted],
+        marks: dict[str, int],
+        before: dict[str, int],
+    ) -> None:
         self._database = database
         self._build = build
         self._accepted = accepted
         self._marks = marks
+        self._before = before
         self.events = len(accepted)
 
     @property
-    def aggregates(self) -> Collection[str]:
-        return self._marks.keys()
+    def aggregates(self) -> Mapping[str, int]:
+        return self._marks
 
     async def write(self, session: AsyncClientSession) -> None:
         keys = list({key for accepted in self._accepted for key in accepted.keys})
@@ -70,7 +79,8 @@ class _SharedChanges(Changes):
                 except Exception as error:
                     raise EventFailedError(Failure.of(event, "fold", error)) from error
                 last[key] = event
-        writes = DocumentWrites(marks={aggregate: Int64(mark) for aggregate, mark in self._marks.items()})
+        marks = {aggregate_id: Int64(mark) for aggregate_id, mark in self._marks.items()}
+        writes = DocumentWrites(marks=marks, marks_before=self._before)
         for key, event in last.items():
             _add(writes, key, states[key], event, stored=key in stored)
         await write_documents(self._database, self._build.collection, self._build.marks, writes, session)
@@ -78,7 +88,7 @@ class _SharedChanges(Changes):
     def without(self, aggregate_id: str) -> Changes:
         accepted = [item for item in self._accepted if item.event["aggregateId"] != aggregate_id]
         marks = {aggregate: mark for aggregate, mark in self._marks.items() if aggregate != aggregate_id}
-        return _SharedChanges(self._database, self._build, accepted, marks)
+        return _SharedChanges(self._database, self._build, accepted, marks, self._before)
 
 
 def _add(writes: DocumentWrites, key: Any, state: State | None, event: Event, *, stored: bool) -> None:
@@ -90,7 +100,7 @@ def _add(writes: DocumentWrites, key: Any, state: State | None, event: Event, *,
     try:
         document = encode_document({"_id": key} | state | {"_id": key})
     except Exception as error:
-        raise EventFailedError(Failure.of(event, "write", error)) from error
+        raise EventFailedError(unstorable(event["aggregateId"], error)) from error
     if stored:
         writes.replaces.append((key, document))
         writes.replaced_by.append(event["aggregateId"])
@@ -107,6 +117,7 @@ class SharedFolder(Folder):
         self._build = build
         self._projection = build.projection
         self._marks: dict[str, int] = {}
+        self._stored: dict[str, int] = {}  # the marks as MongoDB has them, or will when what is in flight is written
         self._dirty: dict[str, int] = {}
         self._in_flight: Collection[str] = ()
         self._accepted: list[_Accepted] = []
@@ -122,9 +133,12 @@ class SharedFolder(Folder):
         if len(self._marks) + len(wanted) > CACHED_MARKS:  # what is being written or waits for it stays
             kept = {*self._in_flight, *self._dirty, *aggregate_ids}
             self._marks = {aggregate: mark for aggregate, mark in self._marks.items() if aggregate in kept}
+            self._stored = {aggregate: self._stored[aggregate] for aggregate in self._marks}
         rows = await self._database[self._build.marks].find({"_id": {"$in": wanted}}).to_list(len(wanted))
         found = {row["_id"]: int(row["mark"]) for row in rows}
-        self._marks.update({aggregate_id: found.get(aggregate_id, 0) for aggregate_id in wanted})
+        marks = {aggregate_id: found.get(aggregate_id, 0) for aggregate_id in wanted}
+        self._marks.update(marks)
+        self._stored.update(marks)
 
     def fold(self, events: Sequence[Event], aside: Collection[str]) -> Outcome:
         outcome = Outcome()
@@ -173,6 +187,7 @@ class SharedFolder(Folder):
 
     def discard(self, aggregate_id: str) -> None:
         self._marks.pop(aggregate_id, None)
+        self._stored.pop(aggregate_id, None)
         if self._dirty.pop(aggregate_id, None) is not None:
             self._accepted = [item for item in self._accepted if item.event["aggregateId"] != aggregate_id]
 
@@ -180,4 +195,6 @@ class SharedFolder(Folder):
         accepted, self._accepted = self._accepted, []
         dirty, self._dirty = self._dirty, {}
         self._in_flight = dirty.keys()
-        return _SharedChanges(self._database, self._build, accepted, dirty), []
+        before = {aggregate_id: self._stored[aggregate_id] for aggregate_id in dirty}
+        self._stored.update(dirty)
+        return _SharedChanges(self._database, self._build, accepted, dirty, before), []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from projector.build import Build
     from projector.builds import Control
     from projector.metrics import Metrics
-    from projector.partition import Partition
+    from projector.partition import Partition, Progress
 
 __all__ = ["REPORTS", "Reports", "oplog_start"]
 
@@ -32,6 +32,9 @@ REPORTS: Final = "projector.reports"
 
 STALE_SECONDS: Final = 30.0
 """A report older than this is nobody's word any more."""
+
+_AGE: Final = {"$dateDiff": {"startDate": "$at", "endDate": "$$NOW", "unit": "second"}}
+_FRESH: Final = {"$expr": {"$lt": [_AGE, STALE_SECONDS]}}
 
 OPLOG_SECONDS: Final = 15.0
 
@@ -52,8 +55,7 @@ class Reports:
 
     async def caught_up(self, build: Build, partitions: int) -> bool:
         """Whether all partitions of a build have said, lately, that they have caught up."""
-        fresh = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=STALE_SECONDS)
-        query = {"_id": build_range(build.id), "partitions": partitions, "caughtUp": True, "at": {"$gt": fresh}}
+        query = {"_id": build_range(build.id), "partitions": partitions, "caughtUp": True, **_FRESH}
         return await self._database[REPORTS].count_documents(query) >= partitions
 
     async def write(
@@ -73,7 +75,10 @@ class Reports:
         if running:
             await self._database[REPORTS].bulk_write(
                 [
-                    UpdateOne({"_id": name}, {"$set": self._report(item.partition)}, upsert=True)
+                    # The time is the server's, so that the clocks of two replicas are never compared.
+                    UpdateOne(
+                        {"_id": name}, {"$set": self._report(item.partition), "$currentDate": {"at": True}}, upsert=True
+                    )
                     for name, item in running.items()
                 ],
                 ordered=False,
@@ -82,7 +87,9 @@ class Reports:
             self._set_gauges(name, control, running)
             if any(item.build.projection.name == name for item in running.values()) or control.paused or control.failed:
                 await self._write_status(control, runnable, problems.get(name))
-        for name in problems.keys() - controls.keys():  # it has never run
+        for name in problems.keys() - {
+            control.name for control in controls.values() if control.live or control.candidate
+        }:
             status = {"state": "failed", "error": problems[name], "updatedAt": datetime.datetime.now(datetime.UTC)}
             await self._database[STATUS].update_one({"_id": name}, {"$set": status}, upsert=True)
 
@@ -96,8 +103,8 @@ class Reports:
             "caughtUp": progress.caught_up,
             "lagSeconds": round(progress.lag_seconds(), 3),
             "clusterTime": progress.position.cluster_time if progress.position else None,
+            "backlogEvents": progress.backlog_events(),
             "error": progress.error,
-            "at": datetime.datetime.now(datetime.UTC),
         }
 
     async def _ask_oplog(self) -> None:
@@ -106,8 +113,7 @@ class Reports:
         if now - self._oplog_asked >= OPLOG_SECONDS or not self._oplog_asked:
             self._oplog_asked = now
             self._oplog_start = await oplog_start(self._event_log)
-        if self._oplog_start is not None:
-            self._metrics.oplog_window.set(time.time() - self._oplog_start)
+        self._metrics.set_oplog_window(None if self._oplog_start is None else time.time() - self._oplog_start)
 
     def _set_gauges(self, name: str, control: Control, running: Mapping[str, Any]) -> None:
         mine = [item.partition for item in running.values() if item.build.projection.name == name]
@@ -122,14 +128,21 @@ class Reports:
             states = [partition.progress.state for partition in mine]
             worst = ("waiting", "repairing", "rebuilding", "catching_up", "live")
             self._metrics.set_health(name, next((state for state in worst if state in states), states[0]))
-        if not mine:
-            return
-        progress = [partition.progress for partition in mine]
-        self._metrics.lag_seconds.labels(name).set(max(item.lag_seconds() for item in progress))
-        self._metrics.heartbeat.labels(name).set(min(item.heartbeat for item in progress))
-        times = [item.position.cluster_time.time for item in progress if item.position is not None]
-        if times:
-            self._metrics.token_age.labels(name).set(max(0.0, time.time() - min(times)))
+        self._measure(name, [partition.progress for partition in mine])
+
+    def _measure(self, name: str, progress: list[Progress]) -> None:
+        """The gauges of a projection, over the partitions that run here; all 0 without any, so that none stays as it was."""
+        metrics, now = self._metrics, time.time()
+        metrics.lag_seconds.labels(name).set(max((item.lag_seconds() for item in progress), default=0))
+        metrics.backlog_events.labels(name).set(sum(item.backlog_events() for item in progress))
+        times = [item.checkpoint.cluster_time.time for item in progress if item.checkpoint is not None]
+        metrics.token_age.labels(name).set(max(0.0, now - min(times)) if times else 0)
+        records = [record for item in progress for record in item.aside.values()]
+        for state in ("retrying", "parked"):
+            metrics.parked.labels(name, state).set(sum(record.state == state for record in records))
+        metrics.parked_oldest.labels(name).set(min((record.since.timestamp() for record in records), default=0))
+        if progress:
+            metrics.heartbeat.labels(name).set(min(item.heartbeat for item in progress))
 
     async def _write_status(
         self, control: Control, runnable: Mapping[str, tuple[Build, Control]], problem: str | None
@@ -138,9 +151,8 @@ class Reports:
         shown = control.live or control.candidate
         if shown is None:
             return
-        reports = await self._database[REPORTS].find({"_id": build_range(shown)}).to_list(1_000)
-        fresh = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=STALE_SECONDS)
-        reports = [report for report in reports if report["at"] > fresh and report["partitions"] == control.partitions]
+        query = {"_id": build_range(shown), "partitions": control.partitions, **_FRESH}
+        reports = await self._database[REPORTS].find(query).to_list(1_000)
         states = [report["state"] for report in reports]
         worst = ("waiting", "repairing", "rebuilding", "catching_up", "live")
         state = next((known for known in worst if known in states), "waiting")
@@ -156,6 +168,7 @@ class Reports:
             "candidate": control.candidate,
             "previous": control.previous,
             "lagSeconds": max((report["lagSeconds"] for report in reports), default=None),
+            "backlogEvents": sum(report["backlogEvents"] for report in reports) if reports else None,
             "parked": parked,
             "partitions": [
                 {

@@ -7,14 +7,18 @@ a batch arrives whole, with the token after it, and the server sends only the fi
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import pymongo
 from bson.int64 import Int64
-from pymongo.errors import PyMongoError
+from bson.timestamp import Timestamp
+from pymongo.errors import OperationFailure, PyMongoError
 
+from eventstore.client import CODEC
 from eventstore.errors import Meaning, classify
 from eventstore.event import EVENTS, SLOTS
+from projector.paths import minimal
 from projector.position import Position
 
 if TYPE_CHECKING:
@@ -32,6 +36,9 @@ ALL_SLOTS: Final = range(SLOTS)
 BATCH_EVENTS: Final = 5_000
 """Events asked for at once. Measured: the write of a batch costs a fixed 2 to 3 ms, which 5,000 events make small; more only
 adds memory and latency."""
+
+MAJORITY_SECONDS: Final = 20.0
+"""How long to wait for a majority before giving up: below the 30 s after which a socket is given up on."""
 
 _WALL_TIME: Final = "wallTimeMilliseconds"
 _ALWAYS: Final = ("aggregateId", "sequenceNo", "eventName", "slot")
@@ -53,41 +60,50 @@ class Batch:
     position: Position
     last_event_time: float | None = None
     """Commit time of the last event, seconds since the epoch by the server's clock; None where that is not known."""
-    light: bool = field(default=False)
+    drained: bool = False
+    """The position is that of the log's end, or less than a second before it. The number of events does not tell: a batch of
+    large ones ends at 16 MiB."""
+    seconds: float = 0.0
+    """How much of the log's time it covers."""
+    light: bool = False
     """The events carry no payload, since a change event was over 16 MiB: they must be read from the log."""
 
 
 def event_fields(wanted: Iterable[str] | None) -> dict[str, Any]:
-    """The `$project` stage that turns a change event into an event document with the wanted fields (None: all).
+    """The `$project` stage that leaves the wanted fields of the event in a change event (None: all).
 
-    The change event's `_id`, its resume token, must stay where it is; the eventId therefore travels as `eventId`.
+    An inclusion, not computed fields: what is left has the form in which the log holds it, also through arrays, so that a fold
+    gets the same event from the stream and from the log. The change event's `_id` is its resume token, and must stay.
     """
     # The time as a number: a date costs three times as much to decode.
-    stage: dict[str, Any] = {_WALL_TIME: {"$toLong": "$wallTime"}, "eventId": "$fullDocument._id"}
-    stage |= {name: f"$fullDocument.{name}" for name in _ALWAYS}
-    for path in ("timestamp", "payload", "metadata") if wanted is None else sorted(wanted):
-        if path.split(".", 1)[0] in {"_id", *_ALWAYS}:
-            continue
-        place = stage
-        *parents, leaf = path.split(".")
-        for parent in parents:
-            below = place.setdefault(parent, {})
-            if not isinstance(below, dict):  # the whole of it is wanted already
-                break
-            place = below
-        else:
-            place[leaf] = f"$fullDocument.{path}"
-    return stage
+    stage: dict[str, Any] = {_WALL_TIME: {"$toLong": "$wallTime"}}
+    if wanted is None:
+        return stage | {"fullDocument": 1}
+    paths = minimal(tuple(path.split(".")) for path in ("_id", *_ALWAYS, *wanted))
+    return stage | {f"fullDocument.{path}": 1 for path in paths}
 
 
 async def position_now(database: Database) -> Position:
-    """The position after everything that the log holds at this moment."""
-    async with database.client.start_session() as session:
-        reply = await database.command(
-            {"aggregate": EVENTS, "pipeline": [{"$changeStream": {}}], "cursor": {"batchSize": 0}}, session=session
-        )
-        await _kill(database, reply["cursor"]["id"], session)
-    return Position.of(reply["cursor"]["postBatchResumeToken"], reply["operationTime"])
+    """The position after everything that the log holds at this moment, and that reads of the log show from now on.
+
+    The token stands after what the primary has written, some of which a majority may not have got yet: neither a stream from the
+    token nor a read of what a majority has would show that. So this waits until a majority has it.
+    """
+    with pymongo.timeout(MAJORITY_SECONDS):
+        async with database.client.start_session() as session:
+            reply = await database.command(
+                {"aggregate": EVENTS, "pipeline": [{"$changeStream": {}}], "cursor": {"batchSize": 0}}, session=session
+            )
+            position = Position.of(reply["cursor"]["postBatchResumeToken"], reply["operationTime"])
+            await _kill(database, reply["cursor"]["id"], session)
+            # The token's time is the one after the last write, and may not be waited for before it has come.
+            session.advance_operation_time(_before(position.cluster_time))
+            await database[EVENTS].find_one({"_id": ""}, {"_id": 1}, session=session)
+    return position
+
+
+def _before(time: Timestamp) -> Timestamp:
+    return Timestamp(time.time, time.inc - 1) if time.inc else Timestamp(time.time - 1, 0xFFFFFFFF)
 
 
 async def _kill(database: Database, cursor_id: int, session: AsyncClientSession) -> None:
@@ -126,15 +142,19 @@ class EventStream:
 
     async def next(self, wait_ms: int = 1_000, limit: int = BATCH_EVENTS) -> Batch:
         """The next batch; an empty one, with a newer position, when nothing came for `wait_ms`."""
+        opening = False
         try:
             if self._stale:
                 self._stale = False
                 await self._forget_cursor()
             if not self._cursor_id:
+                opening = True
                 await self._open()
+                opening = False
             reply = await self._database.command(
                 {"getMore": Int64(self._cursor_id), "collection": EVENTS, "batchSize": limit, "maxTimeMS": wait_ms},
                 session=self._session,
+                codec_options=CODEC,  # a command has none of the database's: its dates would be without a time zone
             )
         except Exception as error:
             self._cursor_id = 0
@@ -146,6 +166,11 @@ class EventStream:
                 case Meaning.TOO_LARGE if not self._light:
                     self._light = True
                     return Batch([], self.position)
+                case Meaning.UNEXPECTED if opening and isinstance(error, OperationFailure):
+                    # Whatever the server has against it (servers differ in how they say so): if a stream can be opened
+                    # without a token, it is the token.
+                    await position_now(self._database)
+                    raise PositionLostError(str(error.code)) from error
             raise
         return self._batch(reply)
 
@@ -153,17 +178,23 @@ class EventStream:
         cursor = reply["cursor"]
         if cursor.get("invalidated"):
             raise PositionLostError("invalidated")
-        events = cursor["nextBatch"]
+        changes = cursor["nextBatch"]
         self._cursor_id = cursor["id"]
-        last = events[-1][_WALL_TIME] / 1000 if events else None
-        for event in events:
-            event["_id"] = event.pop("eventId")
-            del event[_WALL_TIME]
-        self.position = Position.of(cursor["postBatchResumeToken"], self.position.cluster_time)
+        before = self.position.cluster_time
+        self.position = Position.of(cursor["postBatchResumeToken"], before)
+        now = self.position.cluster_time
+        head = reply.get("operationTime", now)
         light, self._light = self._light, False
         if light:
-            self._cursor_id = 0  # the next cursor brings whole events again
-        return Batch(events, self.position, last, light=light)
+            self._stale = True  # the next cursor brings whole events again
+        return Batch(
+            [change["fullDocument"] for change in changes],
+            self.position,
+            changes[-1][_WALL_TIME] / 1000 if changes else None,
+            drained=not changes or now.time >= head.time - 1,
+            seconds=max(0, now.time - before.time),
+            light=light,
+        )
 
     async def _open(self) -> None:
         if self._session is None:

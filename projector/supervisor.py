@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 import uuid
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import structlog
 from pymongo.errors import OperationFailure, PyMongoError
 
 from eventstore.errors import Meaning, classify
+from projector import tasks
 from projector.aside import StoppedError
 from projector.builds import (
     Control,
@@ -124,8 +127,7 @@ class _Running:
         """Waits for its end, and brings it about when it takes too long."""
         assert self._overdue is not None  # noqa: S101 - asked of what was stopped
         await asyncio.wait({self.task}, timeout=max(0.0, self._overdue - time.monotonic()))
-        self.cancel_if_overdue()
-        await asyncio.gather(self.task, return_exceptions=True)
+        await tasks.end([self.task])
 
     def cancel_if_overdue(self) -> None:
         """Cancels it when its time to drain is over: what it had not written is folded again by the next owner."""
@@ -191,6 +193,10 @@ class Supervisor:
 
     async def tick(self) -> None:
         """One round of everything."""
+        # First of all, for the rest may take its time: a lease that was not renewed is lost.
+        held = await self.leases.renew(self.running)
+        for name in self.running.keys() - held:
+            self.running[name].stop()
         controls, builds = await self._prepare()
         runnable = {build.id: (build, control) for build, control in builds}
         partitions = {
@@ -203,9 +209,6 @@ class Supervisor:
         for name in self.running.keys() - partitions.keys():
             self.running[name].stop()
         peers = await self.leases.announce(sorted(build.id for build in self._able.values()))
-        held = await self.leases.renew(self.running)
-        for name in self.running.keys() - held:
-            self.running[name].stop()
         await self._share(partitions, runnable, peers)
         await self._cut_over_candidates(runnable)
         self._report_problems()
@@ -291,7 +294,8 @@ class Supervisor:
         except OperationFailure as error:
             if classify(error) not in {Meaning.UNEXPECTED, Meaning.INDEX_CONFLICT, Meaning.REJECTED, Meaning.DUPLICATE}:
                 raise
-            self._problems[name] = f"MongoDB refused it (code {error.code}): {error!s:.500}"
+            text = (error.details or {}).get("errmsg", str(error))  # without the reply around it, which has a time
+            self._problems[name] = f"MongoDB refused it (code {error.code}): {text:.500}"
 
     def _report_problems(self) -> None:
         for name, problem in self._problems.items():
@@ -336,8 +340,8 @@ class Supervisor:
             self.metrics.restarts.labels(projection, "fenced").inc()
         elif error is not None:
             _log.error("partition_ended", partition=name, error=repr(error))
+        del self.running[name]  # even if the lease cannot be given back now: it ends by itself
         await self.leases.release(name)
-        del self.running[name]
 
     async def _share(
         self,
@@ -345,9 +349,14 @@ class Supervisor:
         runnable: dict[str, tuple[Build, Control]],
         peers: dict[str, frozenset[str]],
     ) -> None:
-        """Takes free partitions up to the fair share; gives one back when a peer that can run it has two fewer."""
+        """Takes free partitions up to the fair share; gives one back when a peer that can run it has two fewer.
+
+        The share counts for each partition those who can run it: in a rolling deploy, or with different projections, not
+        every replica can.
+        """
         holders = await self.leases.holders(partitions)
-        share = -(-len(partitions) // max(1, len(peers)))
+        able = Counter(build for builds in peers.values() for build in builds)
+        share = math.ceil(sum(1 / max(1, able[partition.build]) for partition in partitions.values()) - 1e-9)
         free = [name for name in partitions if name not in holders and name not in self.running]
         random.shuffle(free)  # so that replicas that wake together seldom grasp for the same one
         mine = sum(not running.stopping for running in self.running.values())
@@ -363,8 +372,10 @@ class Supervisor:
             if owner in counts and owner != self.owner:
                 counts[owner] += 1
         for running in self.running.values():
-            able = [counts[peer] for peer, builds in peers.items() if peer != self.owner and running.build.id in builds]
-            if able and min(able) <= mine - 2:
+            fewer = [
+                counts[peer] for peer, builds in peers.items() if peer != self.owner and running.build.id in builds
+            ]
+            if fewer and min(fewer) <= mine - 2:
                 running.stop()
                 return
 

@@ -17,8 +17,10 @@ async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
     Cancelled again every second, since a cancellation can get lost in a library that is just handling something else (seen with
     pymongo when an answer arrives at the same moment).
     """
-    pending = {task for task in tasks if not task.done()}
+    ending = list(tasks)
+    pending = {task for task in ending if not task.done()}
     while pending:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=1.0)
+    await asyncio.gather(*ending, return_exceptions=True)  # or asyncio complains of what nobody has looked at
