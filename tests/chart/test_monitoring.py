@@ -128,6 +128,8 @@ def test_pod_monitors_scrape_ports_that_exist(render: Render) -> None:
     components = find(manifests, "PodMonitor", "shop-eventprojector-components")["spec"]
     sidecars = find(manifests, "PodMonitor", "shop-eventprojector-sidecars")["spec"]
     scraped = [endpoint["port"] for endpoint in components["podMetricsEndpoints"]]
+    honoured = [endpoint["port"] for endpoint in components["podMetricsEndpoints"] if endpoint.get("honorLabels")]
+    assert honoured == ["operator-ops"], "its conditions carry the namespace of the resource"
     assert all(endpoint["interval"] == "15s" for endpoint in components["podMetricsEndpoints"])
     for component in ("projector", "operator", "appender"):
         [container] = pods(manifests)[f"Deployment shop-eventprojector-{component}"]["containers"]

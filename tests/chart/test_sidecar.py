@@ -109,6 +109,14 @@ def test_the_example_is_what_the_chart_makes(run_helm: Helm) -> None:
     assert example["spec"]["template"]["spec"]["initContainers"] == [container]
 
 
+def test_the_page_to_install_shows_what_the_chart_makes(run_helm: Helm) -> None:
+    text = run_helm("template", "eventprojector", str(CHART), "--kube-version", KUBERNETES, values=EMBEDDED)
+    container = sidecar([each for each in yaml.safe_load_all(text) if each])
+    page = (ROOT / "docs" / "how-to" / "install.md").read_text()
+    start = page.index("    initContainers:\n      - name: appender")
+    assert yaml.safe_load(page[start : page.index("    ```", start)])["initContainers"] == [container]
+
+
 def test_the_injector_makes_the_same(render: Render) -> None:
     """What the operator's settings from the chart make of an annotated pod is the container of the named template."""
     from projector.operator.injector import inject
