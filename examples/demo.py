@@ -40,7 +40,7 @@ SHOWN_DOCUMENTS: Final = 6
 SHOWN_FIELDS: Final = 7
 PATIENCE_SECONDS: Final = 120.0
 
-_console: Final = Console(width=None if sys.stdout.isatty() else 160)
+_console: Final = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False, emoji=False)
 
 
 class Projected(NamedTuple):

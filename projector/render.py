@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -31,9 +32,8 @@ def json_text(value: Any) -> str:
 
 def show(renderable: RenderableType) -> None:
     """Prints it; as wide as it needs to be where nobody looks at a terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    # An aggregateId may look like markup, and is to be shown as it is.
+    console = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
     console.print(renderable)
 
 
