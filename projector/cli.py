@@ -14,6 +14,7 @@ from prometheus_client import GCCollector, ProcessCollector
 from eventstore import __version__, logs, service
 from eventstore.auth import TokensMissingError
 from eventstore.embedded import MongodNotFoundError
+from eventstore.tracing import tracing
 from projector.commands import COMMANDS
 from projector.database_catalog import DatabaseCatalog
 from projector.environment import load_projections, settings_of_environment
@@ -68,7 +69,8 @@ def run(projections: Path | None, modules: tuple[str, ...], *, from_database: bo
     ProcessCollector(registry=metrics.registry)
     GCCollector(registry=metrics.registry)
     try:
-        service.run(lambda stopping: run_projector(settings, store, catalog, metrics=metrics, stopping=stopping))
+        with tracing("projector"):
+            service.run(lambda stopping: run_projector(settings, store, catalog, metrics=metrics, stopping=stopping))
     except (OSError, TokensMissingError) as error:
         structlog.stdlib.get_logger(__name__).error("projector_failed", error=str(error))
         sys.exit(1)

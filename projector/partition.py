@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import pymongo
 import structlog
 
+from eventstore import tracing
 from eventstore.errors import Meaning, classify
 from projector import tasks
 from projector.aside import Aside, StoppedError
@@ -260,6 +261,8 @@ class _Loop:
         self._events = self._seconds = 0.0
         self._writer: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
+        self._links: dict[int, Any] = {}
+        """Spans that appended what waits for the writer, where traces are recorded."""
         self._in_doubt = False
         """What was taken from the folder is not written: yet, or ever."""
 
@@ -342,6 +345,7 @@ class _Loop:
         """Folds a batch, heals its gaps, sets failed aggregates aside, then moves the position."""
         if batch.events:
             await self._fold(batch.events, light=batch.light)
+            tracing.collect(batch.events, self._links)
         if batch.last_event_time is not None:
             self._newest = batch.last_event_time
         self.position = batch.position
@@ -435,13 +439,15 @@ class _Loop:
             for failure in failures:
                 self.aside.fail(failure)
             parked = self.aside.snapshot()
+            links, self._links = self._links, {}
             started = time.perf_counter()
-            while True:
-                try:
-                    await self._transaction(changes, parked, position)
-                    break
-                except EventFailedError as error:
-                    changes = self.aside.refuse(error.failure, changes, parked)
+            with tracing.span(f"project {self.name}", links.values(), events=changes.events):
+                while True:
+                    try:
+                        await self._transaction(changes, parked, position)
+                        break
+                    except EventFailedError as error:
+                        changes = self.aside.refuse(error.failure, changes, parked)
             self._in_doubt = False
             self.metrics.write_seconds.labels(self.name).observe(time.perf_counter() - started)
             self.metrics.write_events.labels(self.name).observe(changes.events)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import structlog
 from pymongo.errors import OperationFailure, PyMongoError
 
+from eventstore import tracing
 from eventstore.errors import Meaning, classify
 from projector import tasks
 from projector.aside import StoppedError
@@ -163,7 +164,7 @@ class Supervisor:
 
     def source(self, build: Build, position: Position, slots: range) -> Source:
         """Opens a source of batches for a partition."""
-        return self.sources.open(position, slots=slots, fields=build.projection.fields)
+        return self.sources.open(position, slots=slots, fields=tracing.fields(build.projection.fields))
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Until `stopping`; then every partition writes what it has folded, and all leases are given back."""
