@@ -16,7 +16,12 @@ from pydantic import SecretStr
 from appender.app import serve
 from appender.settings import AppenderSettings
 from eventstore import tracing
+from eventstore.client import connect, open_database
 from eventstore.settings import EventStoreSettings
+from projector.declared import from_definition
+from projector.metrics import Metrics
+from projector.settings import ProjectorSettings
+from projector.supervisor import FixedCatalog, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -121,6 +126,38 @@ async def test_spans_hold_neither_payloads_nor_probes(spans: tuple[str, InMemory
     found = list(exporter.get_finished_spans())
     assert {span.name for span in found if span.kind is SpanKind.SERVER} == {"POST /v1/aggregates/{aggregateId}/events"}
     assert all("s3cret" not in span.to_json() for span in found)
+
+
+async def test_projection_is_linked_to_the_appends_of_its_events(
+    spans: tuple[str, InMemorySpanExporter], mongodb_uri: str, database: Database
+) -> None:
+    """Also though its fold needs nothing of the metadata."""
+    address, exporter = spans
+    orders = from_definition({"name": "orders", "version": 1, "on": {"Placed": {"$inc": {"placed": 1}}}})
+    stopping = asyncio.Event()
+    async with connect(SecretStr(mongodb_uri), "projector") as client:
+        traced = open_database(client, database.name)
+        supervisor = Supervisor(traced, traced, FixedCatalog([orders]), ProjectorSettings(), Metrics())
+        task = asyncio.create_task(supervisor.run(stopping))
+        try:
+            async with asyncio.timeout(30):
+                while (await database["projector.status"].find_one({"_id": "orders"}) or {}).get("state") != "live":
+                    await asyncio.sleep(0.05)
+                exporter.clear()
+                await append(address, "order-1", ["Placed"], HEADERS)
+                while await database["orders"].find_one({"_id": "order-1"}) is None:
+                    await asyncio.sleep(0.05)
+        finally:
+            stopping.set()
+            await task
+    found = list(exporter.get_finished_spans())
+    written = [span for span in found if span.name == "project orders" and span.links]
+    assert [[link.context.span_id for link in span.links] for span in written] == [
+        [only(found, "append").context.span_id]
+    ]
+    assert dict(written[0].attributes or {}) == {"eventprojector.events": 1}
+    below = {span.name for span in found if span.parent and span.parent.span_id == written[0].context.span_id}
+    assert "admin.commitTransaction" in below
 
 
 async def test_without_tracing_events_keep_what_the_caller_sent(mongodb_uri: str, database: Database) -> None:
