@@ -16,6 +16,7 @@ from msgspec import Struct, field
 from pymongo.errors import DuplicateKeyError
 
 from eventstore.indexes import ensure_collection
+from projector import scans
 from projector.build import Build
 from projector.catalog import STATUS
 from projector.checkpoint import CHECKPOINTS, PartitionId, ensure_layout
@@ -201,6 +202,7 @@ def obsolete(control: Control, records: Iterable[BuildRecord]) -> list[BuildReco
 async def drop_build(database: Database, record: BuildRecord) -> None:
     """Removes a build with all that belongs to it: checkpoints first, which fences whoever still runs it."""
     await database[CHECKPOINTS].delete_many({"build": record.id})
+    await scans.drop(database, record.id)
     await database.drop_collection(record.collection)
     await database.drop_collection(f"{record.collection}.marks")
     await database[PARKED].delete_many({"_id": build_range(record.id)})

@@ -62,6 +62,7 @@ def load_modules(names: Sequence[str]) -> list[Projection]:
         for projection in held:
             if projection.event_names == ():
                 raise ProjectionError(f"module {name}: {projection.name}: it has no handler")
+            projection.module = name
             found[id(projection)] = projection
     return distinct(found.values())
 

@@ -28,6 +28,7 @@ from projector.aside import Aside, StoppedError
 from projector.changes import Changes, EventFailedError
 from projector.checkpoint import Checkpoint, FencedError, PartitionId
 from projector.owned import OwnedFolder
+from projector.rebuild import fill
 from projector.repair import InterruptedRepairError, repair
 from projector.shared import SharedFolder
 from projector.stream import EventStream, PositionLostError, position_now
@@ -52,6 +53,9 @@ __all__ = ["OwnSource", "Partition", "Progress", "Source", "Surroundings"]
 
 PENDING_EVENTS: Final = 10_000
 """Folded events that may wait for the writer. Two batches: one more than it needs to never wait for the reader."""
+
+PENDING_BYTES: Final = 32 * 2**20
+"""Documents that may wait for the writer, as they were when they were read: what is written together is in memory twice."""
 
 PENDING_BATCHES: Final = 8
 """Batches that may wait for the writer, however few events they hold: a batch has at most 16 MiB, so this bounds the memory for
@@ -218,10 +222,16 @@ class Partition:
     async def _scan(self, checkpoint: Checkpoint) -> None:
         """Fills a new build from the log. Its checkpoint's token was taken before, so the stream brings the rest."""
         self.progress.state = "rebuilding"
+        if self._build.projection.aggregate_keyed:
+            await fill(self._around, self._build, checkpoint, self._stopping, self._beat)
+            return
         count = await repair(_Loop(self, checkpoint), checkpoint.position)
         await checkpoint.scanned()
         self._metrics.rebuild_events.labels(self._name).inc(count)
         self._log.info("build_scanned", events=count)
+
+    def _beat(self) -> None:
+        self.progress.heartbeat = time.time()
 
     async def _from(self, checkpoint: Checkpoint) -> None:
         """The loop from a checkpoint until `stop` or an error."""
@@ -375,7 +385,11 @@ class _Loop:
     async def make_way(self) -> None:
         """Called after each batch of events, from the stream or the log: waits while too much is folded and not written."""
         self._batches = self._batches + 1 if self.folder.pending else 0
-        while self.folder.pending >= PENDING_EVENTS or self._batches >= PENDING_BATCHES:
+        while (
+            self.folder.pending >= PENDING_EVENTS
+            or self.folder.pending_bytes >= PENDING_BYTES
+            or self._batches >= PENDING_BATCHES
+        ):
             if self._writer is None:  # the repair writes for itself
                 await self.flush()
                 continue
@@ -384,6 +398,15 @@ class _Loop:
             await self._room.wait()
 
     async def _fold(self, events: list[dict[str, Any]], *, light: bool) -> None:
+        start = 0
+        while start < len(events):
+            end = start + self.folder.portion
+            await self._fold_portion(events[start:end] if start or end < len(events) else events, light=light)
+            start = end
+            if start < len(events):
+                await self.make_way()
+
+    async def _fold_portion(self, events: list[dict[str, Any]], *, light: bool) -> None:
         # Not those that are aside: what is known of them must stay what their own turns have read.
         await self.folder.load({event["aggregateId"] for event in events}.difference(self.aside.records))
         started = time.perf_counter()

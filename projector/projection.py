@@ -119,6 +119,8 @@ class Projection:
         self.indexes = tuple(indexes)
         self.definition: dict[str, Any] | None = None
         """The declared form, canonical; None for one in Python."""
+        self.module: str | None = None
+        """The module that it was loaded from, by which another process can load it too."""
         self.aggregate_keyed = key == AGGREGATE_ID
         self._key = key if callable(key) else getter(_key_path(key))
         self.fields: tuple[str, ...] | None = None

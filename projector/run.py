@@ -54,7 +54,7 @@ async def run_projector(
     async with connect(store.mongodb_uri, "projector") as client:
         log = open_database(client, store.eventstore_database)
         database = open_database(client, settings.database or store.eventstore_database)
-        supervisor = Supervisor(log, database, catalog(database), settings, metrics)
+        supervisor = Supervisor(log, database, catalog(database), settings, metrics, uri=store.mongodb_uri)
         state = _State(supervisor, stopping)
         async with serve(supervisor, metrics.registry, state.not_ready) as port:
             _log.info("projector_started", host=settings.http_host, port=port)

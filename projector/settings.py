@@ -24,7 +24,10 @@ class ProjectorSettings(Settings):
     """A folder with declared projections (`*.yaml`)."""
 
     http_host: str = "0.0.0.0"  # noqa: S104 - probes and Prometheus come from outside the pod
+    """Address of the ops API, probes and metrics."""
+
     http_port: int = Field(default=8081, ge=0, le=65535)
+    """TCP port of the ops API, probes and metrics; 0 takes a free one."""
 
     token_file: Path | None = None
     """File with the bearer tokens that orders over HTTP need, one a line; read again when it changes. Without it only what
@@ -41,3 +44,9 @@ class ProjectorSettings(Settings):
 
     drain_seconds: float = Field(default=20.0, ge=0, le=600)
     """How long a shutdown may take to write what was folded."""
+
+    rebuild_processes: int | None = Field(default=None, ge=1, le=64)
+    """Processes that read the log when a long one is built anew; default: two, or one on one processor."""
+
+    rebuild_events_per_second: float = Field(default=0, ge=0)
+    """Holds rebuilds back, to spare MongoDB; 0: as fast as it goes."""

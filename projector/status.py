@@ -16,6 +16,7 @@ from pymongo.errors import OperationFailure
 
 from projector.catalog import STATUS
 from projector.parking import PARKED, build_range
+from projector.scans import progress_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,9 @@ STALE_SECONDS: Final = 30.0
 _AGE: Final = {"$dateDiff": {"startDate": "$at", "endDate": "$$NOW", "unit": "second"}}
 _FRESH: Final = {"$expr": {"$lt": [_AGE, STALE_SECONDS]}}
 
+CLOSE_SECONDS: Final = 2.0
+"""How far behind the writers a build may be to take over. Positions have whole seconds, so that less than 2 could never be met."""
+
 OPLOG_SECONDS: Final = 15.0
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -54,8 +58,11 @@ class Reports:
         self._counted: dict[str, int] = {}
 
     async def caught_up(self, build: Build, partitions: int) -> bool:
-        """Whether all partitions of a build have said, lately, that they have caught up."""
-        query = {"_id": build_range(build.id), "partitions": partitions, "caughtUp": True, **_FRESH}
+        """Whether all partitions of a build have said, lately, that they are current: while writers write all the time, none is
+        ever without an event on its way, so those that keep close behind them are too."""
+        close = {"state": "live", "lagSeconds": {"$lt": CLOSE_SECONDS}}
+        current = {"$or": [{"caughtUp": True}, close]}
+        query = {"_id": build_range(build.id), "partitions": partitions, **current, **_FRESH}
         return await self._database[REPORTS].count_documents(query) >= partitions
 
     async def write(
@@ -170,6 +177,7 @@ class Reports:
             "lagSeconds": max((report["lagSeconds"] for report in reports), default=None),
             "backlogEvents": sum(report["backlogEvents"] for report in reports) if reports else None,
             "parked": parked,
+            "rebuild": await self._rebuild(control),
             "partitions": [
                 {
                     "partition": report["number"],
@@ -185,6 +193,21 @@ class Reports:
             "updatedAt": datetime.datetime.now(datetime.UTC),
         }
         await self._database[STATUS].update_one({"_id": control.name}, {"$set": status}, upsert=True)
+
+    async def _rebuild(self, control: Control) -> dict[str, Any] | None:
+        """How far the build is that is to take over; None when there is none. A build that only comes back has no scan."""
+        if control.candidate is None:
+            return None
+        found = await progress_of(self._database, control.candidate)
+        if found is None:
+            return {"build": control.candidate, "percent": None, "eta": None}
+        return {
+            "build": control.candidate,
+            "percent": round(100 * found.ratio, 1),
+            "eta": found.eta,
+            "events": found.events,
+            "total": found.total,
+        }
 
 
 async def oplog_start(database: Database) -> float | None:

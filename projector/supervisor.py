@@ -35,6 +35,7 @@ from projector.builds import (
     set_control,
 )
 from projector.checkpoint import FencedError, ensure_layout
+from projector.gate import Gate
 from projector.lease import Leases
 from projector.partition import Partition
 from projector.sources import Sources
@@ -43,6 +44,8 @@ from projector.status import Reports
 if TYPE_CHECKING:
     import datetime
     from collections.abc import Iterator, Mapping, Sequence
+
+    from pydantic import SecretStr
 
     from eventstore.client import Database
     from projector.build import Build
@@ -140,16 +143,25 @@ class Supervisor:
     """The projector of a process; also what its partitions see of it (`projector.partition.Surroundings`)."""
 
     def __init__(
-        self, log: Database, database: Database, catalog: Catalog, settings: ProjectorSettings, metrics: Metrics
+        self,
+        log: Database,
+        database: Database,
+        catalog: Catalog,
+        settings: ProjectorSettings,
+        metrics: Metrics,
+        *,
+        uri: SecretStr | None = None,
     ) -> None:
         self.log = log
         self.database = database
         self.settings = settings
         self.metrics = metrics
+        self.uri = uri
         self.owner = uuid.uuid4().hex
         self.leases = Leases(database, self.owner, settings.lease_seconds)
         self.sources = Sources(log)
         self.reports = Reports(log, database, metrics, self.owner)
+        self.gate = Gate(log, database)
         self.running: dict[str, _Running] = {}
         self.projections: dict[str, Projection] = {}
         """What the catalog wanted last, by name."""
@@ -392,17 +404,27 @@ class Supervisor:
             if not await self.reports.caught_up(build, control.partitions):
                 continue
             record = (await read_builds(self.database, control.name)).get(build.id)
-            if record is None:
+            if record is None or not await self._may_take_over(build, control, record):
                 continue
             with self._isolated(control.name):
                 if await cut_over(self.database, control, record):
                     _log.info("cut_over", projection=control.name, build=build.id)
+
+    async def _may_take_over(self, build: Build, control: Control, record: BuildRecord) -> bool:
+        decision = await self.gate.decide(build, control, record)
+        if decision.problem is not None:
+            self._problems[control.name] = decision.problem
+        if decision.fatal and control.live is None:
+            self.gate.forget(record.id)  # `projector resume` has it looked at again
+            await set_control(self.database, control.name, failed=decision.problem)
+        return decision.ready
 
     async def _shut_down(self) -> None:
         """Ends all partitions at once, gives their leases back, and says good-bye."""
         for running in self.running.values():
             running.stop()
         await asyncio.gather(*(running.ended() for running in self.running.values()))
+        await self.gate.close()
         await self.sources.close()
         with contextlib.suppress(PyMongoError):
             for name in self.running:
