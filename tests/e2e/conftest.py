@@ -73,6 +73,9 @@ def clean_up() -> None:
         found = run("kubectl", "get", "namespace", "-l", "eventprojector.io/e2e=true", "-o", "name").split()
         if f"namespace/{name}" not in found:
             continue
+        for release in run("helm", "list", "--namespace", name, "--all", "--short").split():
+            run("helm", "uninstall", release, "--namespace", name, "--wait", "--timeout=120s")
+        # Not before the operator is gone, which would put them on again.
         for kind in ("projections", "eventstores"):
             release_finalizers(Namespace(name), kind)
         run("kubectl", "delete", "namespace", name, "--timeout=120s")

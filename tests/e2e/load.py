@@ -1,7 +1,8 @@
 """Runs in a pod beside the appender: appends for a time and checks every answer against the log in the end.
 
-`load.py SECONDS AGGREGATES`. An append is repeated with its eventIds until it is acknowledged; in the end each aggregate's
-history must hold what was acknowledged, where it was acknowledged, once, and nothing else. Prints its result as JSON.
+`load.py PREFIX SECONDS AGGREGATES`: the aggregates' names begin with the prefix. An append is repeated with its eventIds
+until it is acknowledged; in the end each aggregate's history must hold what was acknowledged, where it was acknowledged,
+once, and nothing else. Prints its result as JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ async def history(session: aiohttp.ClientSession, aggregate: str) -> list[tuple[
             return found
 
 
-async def main(seconds: float, aggregates: int) -> None:
+async def main(prefix: str, seconds: float, aggregates: int) -> None:
     """Eight writers, each with aggregates of its own, at a pace that leaves the machine room for the rest."""
     counts: collections.Counter[str] = collections.Counter()
     acknowledged: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
@@ -65,7 +66,7 @@ async def main(seconds: float, aggregates: int) -> None:
         async def write(number: int) -> None:
             turn = 0
             while time.monotonic() < until:
-                aggregate = f"load-{number}-{turn % aggregates}"
+                aggregate = f"{prefix}-{number}-{turn % aggregates}"
                 acknowledged[aggregate].extend(await append(session, aggregate, counts))
                 turn += 1
                 await asyncio.sleep(0.05)
@@ -81,4 +82,4 @@ async def main(seconds: float, aggregates: int) -> None:
     print(json.dumps({"events": events, "aggregates": len(acknowledged), "repeats": dict(counts)}), flush=True)
 
 
-asyncio.run(main(float(sys.argv[1]), int(sys.argv[2])))
+asyncio.run(main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])))

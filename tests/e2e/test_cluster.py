@@ -227,7 +227,7 @@ def test_nothing_is_lost_when_pods_die_and_replicas_change_under_load(
     script = (Path(__file__).parent / "load.py").read_bytes()
     namespace.apply(
         config_map(namespace, "load", **{"load.py": script}),
-        job(namespace, "load", ["python", "/files/load.py", "100", "40"], image),
+        job(namespace, "load", ["python", "/files/load.py", "load", "100", "40"], image),
     )
     with namespace.mongodb(MONGOD) as client:
         loaded = client["eventstore"]["events"]
@@ -295,7 +295,7 @@ def test_the_injector_gives_an_annotated_pod_the_sidecar(namespace: Namespace, i
     secret = namespace.get("secret", SECRET)
     shop.apply({key: secret[key] for key in ("apiVersion", "kind", "type", "data")} | {"metadata": {"name": SECRET}})
     script = (Path(__file__).parent / "load.py").read_bytes()
-    annotated = job(shop, "injected", ["python", "/files/load.py", "2", "1"], image)
+    annotated = job(shop, "injected", ["python", "/files/load.py", "injected", "2", "1"], image)
     del annotated["spec"]["template"]["spec"]["initContainers"]
     annotated["spec"]["template"]["metadata"] = {
         "annotations": {"eventprojector.io/inject": "true", "eventprojector.io/cpu-request": "10m"}
