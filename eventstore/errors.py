@@ -89,6 +89,7 @@ TABLE: Final[tuple[Row, ...]] = (
     Row(262, Meaning.UNKNOWN, "ExceededTimeLimit: as MaxTimeMSExpired, from a router"),
     Row(91, Meaning.UNKNOWN, "ShutdownInProgress: the server ends, maybe after the write"),
     Row(11600, Meaning.UNKNOWN, "InterruptedAtShutdown: as ShutdownInProgress"),
+    Row(11601, Meaning.UNKNOWN, "Interrupted: the operation or its session was killed, maybe after the write"),
     Row(11602, Meaning.UNKNOWN, "InterruptedDueToReplStateChange: stepped down, maybe after the write"),
     Row(189, Meaning.UNKNOWN, "PrimarySteppedDown: maybe after the write, while waiting for the majority"),
     # Not carried out, by a server that cannot write now.

@@ -172,7 +172,7 @@ class Aside:
         self._saw(aggregate_id, failure.sequence_no)
         self._healed.discard(aggregate_id)
         self._loop.count(failed=1)
-        if record.state == "parked":
+        if record.state == "parked" and (before is None or before.state != "parked"):
             self._loop.metrics.parked_total.labels(self.build.projection.name).inc()
         if before is None or record.state == "parked":
             self._log.warning(
@@ -271,8 +271,10 @@ class Aside:
             if record.category == "write":
                 budget = 1  # to know that it is this event again
         failure, complete, read = await self._replay(record, until, budget)
-        if until is None and self.records.get(name) is record and failure is None:
-            await loop.flush()  # only now it shows whether MongoDB takes the document
+        # Only now it shows whether MongoDB takes the document; and what has been reached shall not be forgotten by a failure. But
+        # a fold that failed has left half a document behind.
+        if self.records.get(name) is record and (failure is None or failure.category == "gap"):
+            await loop.flush()
         if self.records.get(name) is not record:
             return read
         if failure is not None:
@@ -339,7 +341,9 @@ class Aside:
         async for events in self._read({name: mark}, limit):
             for event in events:
                 if until is not None and event["sequenceNo"] > until:
-                    return None, False, read
+                    self._skip(name, record.skips, until)
+                    number = folder.mark(name) + 1
+                    return (_missing(name, number) if number <= until else None), False, read
                 read += 1
                 if failure := self._apply(event, record.skips):
                     return failure, False, read

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import bson
 from bson.raw_bson import RawBSONDocument
 
+from eventstore.client import CODEC
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
     from bson.int64 import Int64
     from pymongo.asynchronous.client_session import AsyncClientSession
@@ -30,15 +32,23 @@ __all__ = [
     "Failure",
     "Folder",
     "Outcome",
+    "Sizes",
     "StaleMarksError",
     "Tally",
     "encode_document",
+    "read_documents",
     "unstorable",
     "write_documents",
 ]
 
 MAX_DOCUMENT_BYTES: Final = 16 * 2**20 - 1024
 """MongoDB's limit for a document, less what a command puts around it."""
+
+PORTION_BYTES: Final = 16 * 2**20
+"""Documents that are read at once, about. Python needs some five to ten times the memory that they have as BSON."""
+
+FIRST_GUESS_BYTES: Final = 16 * 2**10
+"""A typical document, before one was seen. Too much costs a few small portions; too little, the memory of the pod."""
 
 COMMAND_BYTES: Final = 12 * 2**20
 """Documents of one command: below the 16 MiB that MongoDB allows for it, with room for keys and session."""
@@ -147,8 +157,23 @@ class Changes(abc.ABC):
         """The same without one aggregate."""
 
 
+class Sizes:
+    """The size of a typical document, learned from those that were read."""
+
+    def __init__(self) -> None:
+        self.typical = FIRST_GUESS_BYTES
+
+    def learn(self, documents: int, size: int) -> None:
+        """Some documents had this size together. Larger ones count at once, smaller ones little by little."""
+        if documents:
+            seen = max(1, size // documents)
+            self.typical = seen if seen > self.typical else (7 * self.typical + seen) // 8
+
+
 class Folder(abc.ABC):
     """Order check and fold of one partition's events, in memory."""
+
+    sizes: Sizes
 
     @abc.abstractmethod
     async def load(self, aggregate_ids: set[str]) -> None:
@@ -173,11 +198,38 @@ class Folder(abc.ABC):
     @property
     @abc.abstractmethod
     def pending(self) -> int:
-        """Events whose changes wait to be taken."""
+        """Changes that wait to be taken: events, and as many times as they go to several documents."""
+
+    @property
+    @abc.abstractmethod
+    def pending_bytes(self) -> int:
+        """About how large the documents are that wait to be taken."""
+
+    @property
+    def portion(self) -> int:
+        """How many events may be folded before their changes are looked at: fewer, the larger the documents are."""
+        return max(1, PORTION_BYTES // self.sizes.typical)
 
     @abc.abstractmethod
     def take(self) -> tuple[Changes, list[Failure]]:
         """Hands over all changes since the last time, and the failures of those that cannot be stored."""
+
+
+async def read_documents(
+    database: Database, collection: str, keys: list[Any], session: AsyncClientSession | None = None
+) -> AsyncIterator[list[tuple[dict[str, Any], int]]]:
+    """The documents with these keys, each with its size in bytes, in batches of at most 16 MiB."""
+    cursor = database[collection].find_raw_batches({"_id": {"$in": keys}}, session=session, batch_size=len(keys) + 1)
+    try:
+        async for batch in cursor:
+            raw = cast("bytes", batch)
+            sizes, at = [], 0
+            while at < len(raw):
+                sizes.append(int.from_bytes(raw[at : at + 4], "little"))  # a document begins with its length
+                at += sizes[-1]
+            yield list(zip(bson.decode_all(raw, CODEC), sizes, strict=True))
+    finally:
+        await cursor.close()
 
 
 def encode_document(document: State) -> RawBSONDocument:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import pymongo
 from pymongo import ReturnDocument
-from pymongo.errors import OperationFailure
+from pymongo.errors import OperationFailure, PyMongoError
 
+from eventstore.errors import Meaning, classify
 from eventstore.event import SLOTS
 from projector.position import Position
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
@@ -26,6 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["CHECKPOINTS", "Checkpoint", "FencedError", "PartitionId", "ensure_layout", "layout_of"]
 
 CHECKPOINTS: Final = "projector.checkpoints"
+
+HELD_UP_SECONDS: Final = 2.0
+"""How long a checkpoint may be held by another's transaction before that is taken for left over. Too short would end the
+transactions of owners that are alive, if stale; too long only delays a take-over."""
+
+_T = TypeVar("_T")
 
 
 class FencedError(Exception):
@@ -70,15 +80,18 @@ class Checkpoint:
         Raises FencedError when that is not so, or there is no such partition.
         """
         mine = {"_id": str(partition)} | ({"owner": owner} if again else {})
-        await _end_transactions(database, mine)
         session = database.client.start_session()
         taken = {"owner": owner, "session": session.session_id["id"], "takenAt": "$$NOW"}
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(session.end_session)
-            found = await database[CHECKPOINTS].find_one_and_update(
+            found = await _past_open_transactions(
+                database,
                 mine,
-                [{"$set": {"epoch": {"$add": ["$epoch", 1]}, **taken}}],
-                return_document=ReturnDocument.AFTER,
+                lambda: database[CHECKPOINTS].find_one_and_update(
+                    mine,
+                    [{"$set": {"epoch": {"$add": ["$epoch", 1]}, **taken}}],
+                    return_document=ReturnDocument.AFTER,
+                ),
             )
             if found is None:
                 raise FencedError(f"{partition} has another owner, or is no longer in the layout of its build")
@@ -110,18 +123,24 @@ class Checkpoint:
         self.scan = False
 
 
-async def _end_transactions(database: Database, query: dict[str, Any]) -> None:
-    """Ends the transactions that the former owners of these checkpoints left open.
+async def _past_open_transactions(database: Database, query: dict[str, Any], write: Callable[[], Awaitable[_T]]) -> _T:
+    """Writes checkpoints, whatever a former owner has left.
 
     A process that was killed or stopped amid a transaction leaves it open on the server for a minute
-    (transactionLifetimeLimitSeconds), and until then nobody else can write what it wrote, the checkpoint first of all.
-    Sessions of one's own user may be ended without any privilege.
+    (transactionLifetimeLimitSeconds), and until then nobody else can write what it wrote, the checkpoint first of all. So when
+    a write is held up, the former owners' sessions are ended, which one's own user may do without any privilege.
     """
+    try:
+        with pymongo.timeout(HELD_UP_SECONDS):
+            return await write()
+    except PyMongoError as error:
+        if not error.timeout and classify(error) is not Meaning.AGAIN:
+            raise
     found = await database[CHECKPOINTS].find(query, {"session": 1}).to_list(1_000)
-    sessions = [{"id": checkpoint["session"]} for checkpoint in found if "session" in checkpoint]
-    if sessions:
-        with contextlib.suppress(OperationFailure):  # a server without it: the next owner waits
+    if sessions := [{"id": checkpoint["session"]} for checkpoint in found if "session" in checkpoint]:
+        with contextlib.suppress(OperationFailure):  # a server without it: then this waits
             await database.command({"killSessions": sessions})
+    return await write()
 
 
 def _literal(position: Position) -> dict[str, Any]:
@@ -148,7 +167,6 @@ async def ensure_layout(database: Database, build: str, count: int, start: Posit
 
     if _is(await layout_of(database, build), count):
         return False
-    await _end_transactions(database, {"build": build})
 
     async def change(session: AsyncClientSession) -> bool:
         present = await database[CHECKPOINTS].find({"build": build}, session=session).to_list(1_000)
@@ -174,4 +192,4 @@ async def ensure_layout(database: Database, build: str, count: int, start: Posit
         return True
 
     async with database.client.start_session() as session:
-        return await session.with_transaction(change)
+        return await _past_open_transactions(database, {"build": build}, lambda: session.with_transaction(change))

@@ -6,7 +6,7 @@ The lease makes the partition their only writer, so they may be kept in memory b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from bson.int64 import Int64
 
@@ -16,7 +16,9 @@ from projector.changes import (
     Failure,
     Folder,
     Outcome,
+    Sizes,
     encode_document,
+    read_documents,
     unstorable,
     write_documents,
 )
@@ -36,9 +38,9 @@ __all__ = ["MARK", "OwnedChanges", "OwnedFolder", "marked"]
 MARK: Final = "_mark"
 
 CACHED_AGGREGATES: Final = 50_000
-CACHED_BYTES: Final = 64 * 2**20
-"""Bounds of a generation of the cache (there are two). A miss costs a share of one `find` for the whole batch, so a small cache
-is the cheaper mistake than a killed pod."""
+CACHED_BYTES: Final = 16 * 2**20
+"""Bounds of a generation of the cache (there are two), the latter as BSON: in Python it is some five to ten times as much. A miss
+costs a share of one `find` for the whole batch, so a small cache is the cheaper mistake than a killed pod."""
 
 
 class _Entry:
@@ -46,11 +48,11 @@ class _Entry:
 
     __slots__ = ("mark", "size", "state", "stored")
 
-    def __init__(self, mark: int, state: State | None, *, stored: bool) -> None:
+    def __init__(self, mark: int, state: State | None, size: int, *, stored: bool) -> None:
         self.mark = mark
         self.state = state
         self.stored = stored
-        self.size = 0
+        self.size = size
 
 
 def marked(aggregate_id: str, mark: int, state: State) -> RawBSONDocument:
@@ -109,10 +111,16 @@ class OwnedFolder(Folder):
         self._in_flight: dict[str, _Entry] = {}
         self._bytes = 0
         self._pending = 0
+        self._pending_bytes = 0
+        self.sizes = Sizes()
 
     @property
     def pending(self) -> int:
         return self._pending
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._pending_bytes
 
     async def load(self, aggregate_ids: set[str]) -> None:
         self._make_room()
@@ -123,18 +131,22 @@ class OwnedFolder(Folder):
             wanted = [found for found in wanted if found not in young]
         if not wanted:
             return
-        collection = self._database[self._build.collection]
-        found: list[dict[str, Any]] = await collection.find({"_id": {"$in": wanted}}).to_list(len(wanted))
-        for document in found:
-            mark = int(document.pop(MARK, 0))
-            young[document["_id"]] = _Entry(mark, document, stored=True)
-        if len(found) == len(wanted):
+        count = total = 0
+        async for documents in read_documents(self._database, self._build.collection, wanted):
+            for document, size in documents:
+                mark = int(document.pop(MARK, 0))
+                young[document["_id"]] = _Entry(mark, document, size, stored=True)
+                total += size
+            count += len(documents)
+        self._bytes += total
+        self.sizes.learn(count, total)
+        if count == len(wanted):
             return
         absent = [aggregate_id for aggregate_id in wanted if aggregate_id not in young]
         rows = await self._database[self._build.marks].find({"_id": {"$in": absent}}).to_list(len(absent))
         marks = {row["_id"]: int(row["mark"]) for row in rows}
         for aggregate_id in absent:
-            young[aggregate_id] = _Entry(marks.get(aggregate_id, 0), None, stored=False)
+            young[aggregate_id] = _Entry(marks.get(aggregate_id, 0), None, 0, stored=False)
 
     def _make_room(self) -> None:
         """Begins a new generation when this one is full; what is being written or waits for it stays."""
@@ -149,7 +161,7 @@ class OwnedFolder(Folder):
         gaps, passed = outcome.gaps, outcome.passed
         handles, apply = self._projection.handles, self._projection.apply
         young, dirty = self._young, self._dirty
-        applied = unhandled = duplicate = 0
+        applied = unhandled = duplicate = weight = 0
         for event in events:
             aggregate_id = event["aggregateId"]
             if aggregate_id in passed or aggregate_id in aside:
@@ -166,7 +178,9 @@ class OwnedFolder(Folder):
                         outcome.failures.append(Failure.of(event, "fold", error))
                         passed[aggregate_id] = sequence_no
                         continue
-                    dirty[aggregate_id] = entry
+                    if aggregate_id not in dirty:
+                        dirty[aggregate_id] = entry
+                        weight += entry.size
                     applied += 1
                 else:
                     unhandled += 1
@@ -179,6 +193,7 @@ class OwnedFolder(Folder):
         tally.applied, tally.unhandled, tally.duplicate = applied, unhandled, duplicate
         tally.aside = len(events) - applied - unhandled - duplicate
         self._pending += applied
+        self._pending_bytes += weight
         return outcome
 
     def mark(self, aggregate_id: str) -> int:
@@ -200,7 +215,7 @@ class OwnedFolder(Folder):
         writes = DocumentWrites()
         failures: list[Failure] = []
         dirty, self._dirty = self._dirty, {}
-        events, self._pending = self._pending, 0
+        events, self._pending, self._pending_bytes = self._pending, 0, 0
         for aggregate_id, entry in dirty.items():
             state = entry.state
             if state is None:

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import bson
 from bson.int64 import Int64
 
 from projector.changes import (
+    FIRST_GUESS_BYTES,
     Changes,
     DocumentWrites,
     EventFailedError,
     Failure,
     Folder,
     Outcome,
+    Sizes,
     encode_document,
+    read_documents,
     unstorable,
     write_documents,
 )
+from projector.errors import FoldError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -35,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["SharedFolder"]
 
 CACHED_MARKS: Final = 100_000
+
+MOST_KEYS: Final = 1_000
+"""Documents that one event may go to: all of them are read and written by one transaction."""
 
 
 class _Accepted(NamedTuple):
@@ -50,25 +58,22 @@ class _SharedChanges(Changes):
         database: Database,
         build: Build,
         accepted: list[_Accepted],
-        marks: dict[str, int],
-        before: dict[str, int],
+        marks: dict[str, tuple[int, int]],
+        sizes: Sizes,
     ) -> None:
         self._database = database
         self._build = build
         self._accepted = accepted
-        self._marks = marks
-        self._before = before
+        self._marks = marks  # as they are in MongoDB, and as they are to be
+        self._sizes = sizes
         self.events = len(accepted)
 
     @property
     def aggregates(self) -> Mapping[str, int]:
-        return self._marks
+        return {aggregate_id: mark for aggregate_id, (_, mark) in self._marks.items()}
 
     async def write(self, session: AsyncClientSession) -> None:
-        keys = list({key for accepted in self._accepted for key in accepted.keys})
-        collection = self._database[self._build.collection]
-        cursor = collection.find({"_id": {"$in": keys}}, session=session)
-        states: dict[Any, State | None] = {document["_id"]: document async for document in cursor}
+        states = await self._read(session)
         stored = set(states)
         last: dict[Any, Event] = {}
         apply = self._build.projection.apply
@@ -79,16 +84,35 @@ class _SharedChanges(Changes):
                 except Exception as error:
                     raise EventFailedError(Failure.of(event, "fold", error)) from error
                 last[key] = event
-        marks = {aggregate_id: Int64(mark) for aggregate_id, mark in self._marks.items()}
-        writes = DocumentWrites(marks=marks, marks_before=self._before)
+        writes = DocumentWrites(
+            marks={aggregate_id: Int64(mark) for aggregate_id, (_, mark) in self._marks.items()},
+            marks_before={aggregate_id: before for aggregate_id, (before, _) in self._marks.items()},
+        )
         for key, event in last.items():
             _add(writes, key, states[key], event, stored=key in stored)
         await write_documents(self._database, self._build.collection, self._build.marks, writes, session)
 
+    async def _read(self, session: AsyncClientSession) -> dict[Any, State | None]:
+        """The documents that the events go to, as they are in this transaction."""
+        keys = list({key for accepted in self._accepted for key in accepted.keys})
+        states: dict[Any, State | None] = {}
+        try:
+            async for documents in read_documents(self._database, self._build.collection, keys, session):
+                states.update({document["_id"]: document for document, _ in documents})
+                self._sizes.learn(len(documents), sum(size for _, size in documents))
+        except Exception:
+            for event, event_keys in self._accepted:
+                try:
+                    bson.encode({"": event_keys})
+                except Exception as error:
+                    raise EventFailedError(Failure.of(event, "fold", error)) from error
+            raise
+        return states
+
     def without(self, aggregate_id: str) -> Changes:
         accepted = [item for item in self._accepted if item.event["aggregateId"] != aggregate_id]
         marks = {aggregate: mark for aggregate, mark in self._marks.items() if aggregate != aggregate_id}
-        return _SharedChanges(self._database, self._build, accepted, marks, self._before)
+        return _SharedChanges(self._database, self._build, accepted, marks, self._sizes)
 
 
 def _add(writes: DocumentWrites, key: Any, state: State | None, event: Event, *, stored: bool) -> None:
@@ -121,10 +145,16 @@ class SharedFolder(Folder):
         self._dirty: dict[str, int] = {}
         self._in_flight: Collection[str] = ()
         self._accepted: list[_Accepted] = []
+        self._pending = 0
+        self.sizes = Sizes()
 
     @property
     def pending(self) -> int:
-        return len(self._accepted) or len(self._dirty)
+        return self._pending or len(self._dirty)
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._pending * self.sizes.typical if self.sizes.typical > FIRST_GUESS_BYTES else 0
 
     async def load(self, aggregate_ids: set[str]) -> None:
         wanted = list(aggregate_ids.difference(self._marks))
@@ -143,7 +173,7 @@ class SharedFolder(Folder):
     def fold(self, events: Sequence[Event], aside: Collection[str]) -> Outcome:
         outcome = Outcome()
         tally, gaps, passed = outcome.tally, outcome.gaps, outcome.passed
-        handles, keys_of = self._projection.handles, self._projection.keys
+        handles, keys_of = self._projection.handles, self._keys_of
         marks = self._marks
         for event in events:
             aggregate_id = event["aggregateId"]
@@ -172,11 +202,18 @@ class SharedFolder(Folder):
             marks[aggregate_id] = sequence_no
             if keys:
                 self._accepted.append(_Accepted(event, keys))
+                self._pending += len(keys)
                 self._dirty[aggregate_id] = sequence_no
                 tally.applied += 1
             else:
                 tally.unhandled += 1
         return outcome
+
+    def _keys_of(self, event: Event) -> tuple[Any, ...]:
+        keys = self._projection.keys(event)
+        if len(keys) > MOST_KEYS:
+            raise FoldError(f"key: the event goes to {len(keys)} documents, more than {MOST_KEYS}")
+        return keys
 
     def mark(self, aggregate_id: str) -> int:
         return self._marks[aggregate_id]
@@ -192,9 +229,9 @@ class SharedFolder(Folder):
             self._accepted = [item for item in self._accepted if item.event["aggregateId"] != aggregate_id]
 
     def take(self) -> tuple[Changes, list[Failure]]:
-        accepted, self._accepted = self._accepted, []
+        accepted, self._accepted, self._pending = self._accepted, [], 0
         dirty, self._dirty = self._dirty, {}
         self._in_flight = dirty.keys()
-        before = {aggregate_id: self._stored[aggregate_id] for aggregate_id in dirty}
+        marks = {aggregate_id: (self._stored[aggregate_id], mark) for aggregate_id, mark in dirty.items()}
         self._stored.update(dirty)
-        return _SharedChanges(self._database, self._build, accepted, dirty, before), []
+        return _SharedChanges(self._database, self._build, accepted, marks, self.sizes), []

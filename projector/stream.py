@@ -37,6 +37,10 @@ BATCH_EVENTS: Final = 5_000
 """Events asked for at once. Measured: the write of a batch costs a fixed 2 to 3 ms, which 5,000 events make small; more only
 adds memory and latency."""
 
+WAIT_MS: Final = 1_000
+"""How long the server waits for an event before it answers with an empty batch, which tells that there is none and moves the
+position. Events do not wait for it; seldom enough to cost nothing, often enough to see within a second that all is read."""
+
 MAJORITY_SECONDS: Final = 20.0
 """How long to wait for a majority before giving up: below the 30 s after which a socket is given up on."""
 
@@ -140,8 +144,8 @@ class EventStream:
         self._fields = fields
         self._stale = True
 
-    async def next(self, wait_ms: int = 1_000, limit: int = BATCH_EVENTS) -> Batch:
-        """The next batch; an empty one, with a newer position, when nothing came for `wait_ms`."""
+    async def next(self) -> Batch:
+        """The next batch; an empty one, with a newer position, when nothing came for a while."""
         opening = False
         try:
             if self._stale:
@@ -152,7 +156,12 @@ class EventStream:
                 await self._open()
                 opening = False
             reply = await self._database.command(
-                {"getMore": Int64(self._cursor_id), "collection": EVENTS, "batchSize": limit, "maxTimeMS": wait_ms},
+                {
+                    "getMore": Int64(self._cursor_id),
+                    "collection": EVENTS,
+                    "batchSize": BATCH_EVENTS,
+                    "maxTimeMS": WAIT_MS,
+                },
                 session=self._session,
                 codec_options=CODEC,  # a command has none of the database's: its dates would be without a time zone
             )

@@ -17,19 +17,22 @@ from bson.int64 import Int64
 
 from eventstore.client import MAJORITY
 from eventstore.event import EVENTS, new_event_id, slot_of
+from projector.build import Build
+from projector.builds import ensure_build
+from projector.checkpoint import PartitionId
 from projector.metrics import Metrics
+from projector.parking import PARKED
 from projector.partition import OwnSource, Partition
 from projector.projection import DELETE, Projection
 from projector.settings import ProjectorSettings
 from projector.stream import EventStream
 from projector.supervisor import FixedCatalog, Supervisor
+from tests.eventually import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from eventstore.client import Database
-    from projector.build import Build
-    from projector.checkpoint import PartitionId
     from projector.partition import Source
     from projector.position import Position
 
@@ -38,14 +41,20 @@ __all__ = [
     "Faults",
     "Here",
     "Writer",
+    "all_events",
+    "begun",
     "documents",
     "event",
     "expected_ledgers",
     "expected_rooms",
     "ledger",
     "metric",
+    "only",
+    "parked",
     "rooms",
     "running",
+    "same",
+    "seeded",
     "settings",
 ]
 
@@ -201,6 +210,27 @@ def settings(**changes: Any) -> ProjectorSettings:
     return ProjectorSettings(**({"lease_seconds": 2.0, "retry_seconds": 60.0, "drain_seconds": 10.0} | changes))
 
 
+async def begun(database: Database, projection: Projection, partitions: int = 1) -> Build:
+    """A new build of a projection, of which nothing has been read yet."""
+    await ensure_build(database, database, projection, partitions)
+    return Build(projection)
+
+
+def only(build: Build) -> PartitionId:
+    """The one partition of a build."""
+    return PartitionId(build.id, 0, 1)
+
+
+async def all_events(log: Database) -> list[Document]:
+    """The whole log."""
+    return [each async for each in log[EVENTS].find()]
+
+
+async def parked(database: Database) -> dict[str, Document]:
+    """The records of aggregates aside, by aggregate."""
+    return {row["aggregateId"]: row async for row in database[PARKED].find()}
+
+
 class Here:
     """What a partition needs around it, for a test that runs partitions without a supervisor."""
 
@@ -212,6 +242,8 @@ class Here:
         self.uri = None
         self.metrics = metrics or Metrics()
         self.settings = settings(**changes)
+        for name in ("ledger", "rooms"):
+            self.metrics.start(name)
 
     def source(self, build: Build, position: Position, slots: range) -> Source:
         """A stream of its own."""
@@ -219,10 +251,11 @@ class Here:
 
     @contextlib.asynccontextmanager
     async def runs(self, build: Build, partition: PartitionId) -> AsyncIterator[Partition]:
-        """Runs a partition; ends it in good order, or as it ended by itself."""
+        """Runs a partition, which has caught up when the context begins; ends it in good order, or as it ended by itself."""
         running_ = Partition(self, build, partition)
         task = asyncio.create_task(running_.run())
         try:
+            await eventually(same(lambda: running_.progress.caught_up or task.done()))
             yield running_
         finally:
             running_.stop()
