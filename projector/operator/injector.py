@@ -138,7 +138,7 @@ def _container(wanted: Mapping[str, str], settings: InjectorSettings) -> dict[st
         "restartPolicy": "Always",
         "env": environment,
         "ports": [{"name": "appender-ops", "containerPort": settings.ops_port}],
-        "startupProbe": _probe(settings.ops_port, "/readyz", periodSeconds=1, failureThreshold=60),
+        "startupProbe": _probe(settings.ops_port, "/readyz", periodSeconds=1, failureThreshold=600),
         "livenessProbe": _probe(settings.ops_port, "/healthz", periodSeconds=10, failureThreshold=6),
         "readinessProbe": _probe(settings.ops_port, "/readyz", periodSeconds=5, failureThreshold=3),
         "securityContext": {

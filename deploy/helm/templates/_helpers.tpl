@@ -212,20 +212,20 @@ annotations:
   {{- end }}
 {{- end -}}
 
-{{/* Probes by HTTP. Context: the name of the port. */}}
+{{/* Probes by HTTP. Context: port (its name), startPath, startSeconds. */}}
 {{- define "eventprojector.probes" -}}
 startupProbe:
-  httpGet: {path: /healthz, port: {{ . }}}
+  httpGet: {path: {{ .startPath | default "/healthz" }}, port: {{ .port }}}
   timeoutSeconds: 3
   periodSeconds: 1
-  failureThreshold: 60
+  failureThreshold: {{ .startSeconds | default 60 }}
 livenessProbe:
-  httpGet: {path: /healthz, port: {{ . }}}
+  httpGet: {path: /healthz, port: {{ .port }}}
   timeoutSeconds: 3
   periodSeconds: 10
   failureThreshold: 6
 readinessProbe:
-  httpGet: {path: /readyz, port: {{ . }}}
+  httpGet: {path: /readyz, port: {{ .port }}}
   timeoutSeconds: 3
   periodSeconds: 5
   failureThreshold: 3

@@ -44,8 +44,9 @@ ports:
   - {name: appender, containerPort: {{ $values.port }}}
   {{- end }}
   - {name: appender-ops, containerPort: {{ $values.opsPort }}}
-{{- /* The application's containers start after this: what they append first is not refused. */}}
-{{ include "eventprojector.probes" "appender-ops" | replace "startupProbe:\n  httpGet: {path: /healthz" "startupProbe:\n  httpGet: {path: /readyz" }}
+{{- /* The application's containers start after this, so what they append first is not refused. Long, for while MongoDB is away a
+restart would only bring a back-off of minutes. */}}
+{{ include "eventprojector.probes" (dict "port" "appender-ops" "startPath" "/readyz" "startSeconds" 600) }}
 {{- /* In full, for the pod around it may be anybody's. */}}
 securityContext:
   {{- toYaml (merge (deepCopy .root.Values.securityContext) (dict "runAsNonRoot" true "runAsUser" 65532 "seccompProfile" (dict "type" "RuntimeDefault"))) | nindent 2 }}
