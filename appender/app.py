@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 import stamina
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["open_app", "serve"]
 
 _log = structlog.get_logger(__name__)
+
+_quiet = logging.getLogger(f"{__name__}.connections")
+_quiet.setLevel(logging.CRITICAL)
+"""aiohttp's own logger writes a stack trace for each connection that sends no HTTP. What fails in a handler is logged by
+`appender.endpoint`."""
 
 _READY: Final[web.AppKey[Readiness]] = web.AppKey("ready")
 
@@ -111,6 +117,7 @@ async def serve(
         runner = web.AppRunner(
             app,
             access_log=None,
+            logger=_quiet,
             keepalive_timeout=KEEPALIVE_SECONDS,
             lingering_time=LINGERING_SECONDS,
             max_line_size=MAX_HEADER_BYTES,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from aiohttp import web
 
-from appender.encoding import MAX_LEVELS, Append, check_aggregate_id, encode_event
+from appender.encoding import MAX_LEVELS, Append, check_aggregate_id, encode_event, whole
 from appender.endpoint import NDJSON
 from appender.problems import Problem, TooLarge
 from appender.requests import AppendedLine, EventLine, decode
@@ -159,7 +159,8 @@ class _Lines:
                 event = encode_event(new, self._limit, "", self._traceparent, deep)
                 if self._committer.full:
                     await self._committer.room()
-                append = Append(new.aggregate_id, new.expected_sequence_no, (event,))
+                expected = new.expected_sequence_no
+                append = Append(new.aggregate_id, None if expected is None else whole(expected), (event,))
                 self._committer.submit((append,), functools.partial(group.answer, index))
             except Problem as problem:
                 group.answer(index, _problem(problem, event_id))

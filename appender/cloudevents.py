@@ -6,6 +6,7 @@ other attributes -> metadata.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
@@ -17,13 +18,17 @@ from appender.requests import CloudEvent, NewAppend, NewEvent, decode
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["BATCH", "STRUCTURED", "batch", "binary", "is_binary", "structured"]
+__all__ = ["ATTRIBUTE", "BATCH", "STRUCTURED", "batch", "binary", "is_binary", "structured"]
 
 STRUCTURED: Final = "application/cloudevents+json"
 BATCH: Final = "application/cloudevents-batch+json"
 
 _KNOWN: Final = frozenset({"specversion", "id", "type", "subject", "time", "data", "datacontenttype"})
 
+ATTRIBUTE: Final = "^[a-z0-9]+$"
+"""Names of attributes, by the specification."""
+
+_attribute: Final = re.compile(ATTRIBUTE)
 _attributes: Final = msgspec.json.Decoder(dict[str, Any])
 _several: Final = msgspec.json.Decoder(list[dict[str, Any]])
 _data: Final = msgspec.json.Decoder(dict[str, Any])
@@ -66,20 +71,17 @@ def binary(headers: Mapping[str, str], body: bytes) -> NewAppend:
 def _append(attributes: dict[str, Any], prefix: str) -> NewAppend:
     if "data_base64" in attributes:
         raise Invalid(f"{prefix}data_base64", "is not supported: data must be a JSON object")
-    content = attributes.get("datacontenttype")
-    if content is not None and not (isinstance(content, str) and _is_json(content)):
-        raise Invalid(f"{prefix}datacontenttype", "must be a JSON media type")
     try:
         event = msgspec.convert(attributes, CloudEvent)
     except msgspec.ValidationError as error:
         raise Invalid(*_explain(error, prefix)) from error
     metadata = {name: value for name, value in attributes.items() if name not in _KNOWN and value is not None}
+    for name, value in metadata.items():
+        if not _attribute.fullmatch(name):
+            raise Invalid(prefix + name, "is no name of an attribute: lower-case letters and digits")
+        if not isinstance(value, str | bool | int | float):
+            raise Invalid(prefix + name, "must be a string, a boolean or a number")
     return NewAppend(event.subject, [NewEvent(event.type, event.data, event.id, event.time, metadata)])
-
-
-def _is_json(content_type: str) -> bool:
-    media = content_type.partition(";")[0].strip().lower()
-    return media.endswith(("/json", "+json"))
 
 
 def _explain(error: msgspec.ValidationError, prefix: str) -> Sequence[str]:

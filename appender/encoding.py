@@ -30,7 +30,7 @@ from eventstore.event import (
 if TYPE_CHECKING:
     from appender.requests import EventLine, NewEvent
 
-__all__ = ["Append", "Event", "encode_append", "encode_event", "same"]
+__all__ = ["Append", "Event", "check_aggregate_id", "check_distinct", "encode_append", "encode_event", "same", "whole"]
 
 MAX_LEVELS: Final = 100
 """MongoDB's documented limit of nesting. A deeper document can make the server refuse the whole message, neighbours too."""
@@ -98,6 +98,11 @@ def encode_event(
         place = field.rstrip(".") or "The event"
         raise TooLarge(f"{place} has {size} bytes as BSON; an event may have {limit}.", field=field.rstrip(".") or None)
     when = new.timestamp
+    if when is not None:
+        try:
+            when = when.astimezone(_UTC)  # here, so that no timestamp can spoil a whole batch later
+        except OverflowError as error:
+            raise Invalid(f"{field}timestamp", "must lie in the years 1 to 9999 in UTC") from error
     return Event(
         event_id,
         new.event_name,
@@ -112,7 +117,7 @@ def encode_event(
 
 def encode_append(
     aggregate_id: str,
-    expected: int | None,
+    expected: float | None,
     events: Sequence[NewEvent],
     limit: int,
     *,
@@ -122,6 +127,8 @@ def encode_append(
 ) -> Append:
     """The events of one aggregate as BSON. Raises Invalid and TooLarge."""
     check_aggregate_id(aggregate_id, field)
+    if expected is not None:
+        expected = whole(expected, field)
     if len(events) == 1:
         return Append(
             aggregate_id, expected, (encode_event(events[0], limit, f"{field}events[0].", traceparent, deep),)
@@ -141,6 +148,13 @@ def check_aggregate_id(aggregate_id: str, field: str = "") -> None:
     """Raises Invalid when it is none."""
     if problem := aggregate_id_problem(aggregate_id):
         raise Invalid(f"{field}aggregateId", problem)
+
+
+def whole(expected: float, field: str = "") -> int:
+    """An expectedSequenceNo as the integer that it is. Raises Invalid when it is none of 63 bits."""
+    if not 0 <= expected <= INT64_MAX or expected != int(expected):
+        raise Invalid(f"{field}expectedSequenceNo", f"must be a whole number from 0 to {INT64_MAX}")
+    return int(expected)
 
 
 def check_distinct(appends: Sequence[Append]) -> None:

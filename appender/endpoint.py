@@ -44,7 +44,8 @@ class Endpoints:
         """The handler with token check, metrics by the route's template, and problems turned into answers."""
         seconds = self._metrics.request_seconds.labels(route, method)
         requests = self._metrics.requests
-        codes: dict[int, Any] = {}
+        # From 0 on: a counter that begins with the first failures would hide them from rate() and from the alerts.
+        codes: dict[int, Any] = {status: requests.labels(route, method, str(status)) for status in (500, 503)}
 
         async def handle(request: web.Request) -> web.StreamResponse:
             started = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from appender import requests
-from appender.cloudevents import BATCH, STRUCTURED
+from appender.cloudevents import ATTRIBUTE, BATCH, STRUCTURED
 from appender.endpoint import JSON, NDJSON
 from appender.history import MAX_PAGE_EVENTS
 from appender.problems import TYPES
@@ -68,6 +68,20 @@ def document() -> dict[str, Any]:
     """The document."""
     _, schemas = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
     schemas["ProblemDocument"]["properties"]["type"]["enum"] = [type_uri(problem.name) for problem in TYPES]
+    document = {"propertyNames": {"pattern": requests.KEY}, "additionalProperties": _ref("Value")}
+    schemas["Value"] = {
+        "description": "A JSON value that MongoDB can hold.",
+        "anyOf": [
+            {"type": ["null", "boolean", "string"]},
+            {"type": "number", "description": "Written as an integer it must fit 64 bits."},
+            {"type": "array", "items": _ref("Value")},
+            {"type": "object", **document},
+        ],
+    }
+    schemas["CloudEvent"] |= {
+        "propertyNames": {"pattern": ATTRIBUTE},
+        "additionalProperties": {"type": ["null", "boolean", "string", "number"]},
+    }
     schemas["AppendRequest"]["examples"] = [
         {"expectedSequenceNo": 0, "events": [{"eventName": "OrderPlaced", "payload": {"total": 12.5}}]}
     ]

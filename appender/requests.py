@@ -43,6 +43,8 @@ MAX_REQUEST_EVENTS: Final = 1_000
 """Events of one atomic request: one transaction, kept well inside MongoDB's limits; more go as a stream of lines."""
 
 NO_NUL: Final = "^[^\\u0000]*$"
+KEY: Final = "^([^$.\\u0000][^.\\u0000]*)?$"
+JSON_MEDIA_TYPE: Final = "^[^;]*[/+][Jj][Ss][Oo][Nn] *(;.*)?$"
 
 AggregateId = Annotated[
     str,
@@ -69,14 +71,17 @@ Timestamp = Annotated[
 Document = Annotated[
     dict[str, Any],
     Meta(
-        description="A JSON object: keys neither start with $ nor contain a dot or NUL; integers fit 64 bits; 100 levels."
+        description="A JSON object: keys neither start with $ nor contain a dot or NUL; integers fit 64 bits; 100 levels.",
+        extra_json_schema={
+            "propertyNames": {"pattern": KEY},
+            "additionalProperties": {"$ref": "#/components/schemas/Value"},
+        },
     ),
 ]
 Expected = Annotated[
-    int,
+    int | float,  # JSON Schema's integers, which some clients write as 7.0: `appender.encoding.whole` has the say
     Meta(
-        ge=0,
-        le=INT64_MAX,
+        extra_json_schema={"type": "integer", "minimum": 0, "maximum": INT64_MAX},
         description="The last sequenceNo that the caller saw; 0: the aggregate must be new; absent: any.",
     ),
 ]
@@ -148,7 +153,7 @@ class CloudEvent(Struct, gc=False):
     subject: AggregateId
     data: Document
     time: Timestamp | None = None
-    datacontenttype: str | None = None
+    datacontenttype: Annotated[str, Meta(pattern=JSON_MEDIA_TYPE)] | None = None
 
 
 class AppendedEvent(_Out):

@@ -78,6 +78,8 @@ class Routes:
                 resource.add_route(method, endpoints.wrap(path, method, handler))
             allowed = ", ".join(methods)
             resource.add_route("*", endpoints.wrap(path, "other", _not_allowed(allowed)))
+        for path in ("/healthz", "/readyz", "/metrics"):
+            app.router.add_route("*", path, endpoints.wrap(path, "other", _not_allowed("GET, HEAD")))
         app.router.add_route("*", "/{path:.*}", endpoints.wrap("unmatched", "other", _not_found))
 
     async def append(self, request: web.Request) -> web.Response:

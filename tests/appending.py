@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -133,13 +134,14 @@ class Process:
             **environment,
         }
         self.process: subprocess.Popen[bytes] | None = None
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe, which nobody would read; closed by `several`
 
     def start(self) -> None:
         """Starts it, on the same port each time."""
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from appender.cli import main; main()", "serve"],
             env=self._environment,
-            stdout=subprocess.PIPE,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
         )
 
@@ -151,10 +153,10 @@ class Process:
         """Ends it with a signal; its exit code and what it logged."""
         assert self.process is not None
         self.process.send_signal(how)
-        output, _ = self.process.communicate(timeout=60)
-        code = self.process.returncode
+        code = self.process.wait(timeout=60)
         self.process = None
-        return code, output.decode()
+        self._output.seek(0)
+        return code, self._output.read().decode()
 
     @classmethod
     @contextlib.contextmanager
@@ -169,3 +171,4 @@ class Process:
             for process in processes:
                 if process.process is not None:
                     process.kill()
+                process._output.close()

@@ -96,6 +96,12 @@ BODIES: list[tuple[str, bytes, int, str | None]] = [
         422,
         "expectedSequenceNo",
     ),
+    (
+        "expectation 1.5",
+        json.dumps({"events": [event()], "expectedSequenceNo": 1.5}).encode(),
+        422,
+        "expectedSequenceNo",
+    ),
     ("1,001 events", json.dumps({"events": [event()] * 1001}).encode(), 413, "events"),
     ("same eventId twice", json.dumps({"events": [event(eventId="e")] * 2}).encode(), 422, "eventId"),
 ]
