@@ -8,6 +8,8 @@ import csv
 import datetime
 import gzip
 import json
+import urllib.error
+import urllib.request
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ EXAMPLES = ROOT / "examples" / "kubernetes"
 RECEIPT = ROOT.parent / "shared" / "data" / "receipt.csv"
 MONGOD = "mongo-eventprojector-mongodb-0"
 SECRET = "mongo-eventprojector-mongodb"
+TOKEN = "an-end-to-end-token"
 Document = dict[str, Any]
 
 
@@ -264,6 +267,8 @@ def test_nothing_is_lost_when_pods_die_and_replicas_change_under_load(
         eventually("the read model has caught up", lambda: sum(permits().values()) >= result["events"])
         wait_ready(namespace, "permits", "groups")
         assert permits() == log
+        for name in ("permits", "groups"):  # all marks with all heads, all documents with a fresh fold of the log
+            namespace.kubectl("exec", "deployment/es-eventprojector-projector", "--", "projector", "verify", name)
         [group] = database["groups"].find({"_id": "load"})
         assert group["events"] == result["events"]
 
@@ -281,13 +286,44 @@ def owners(database: Any) -> set[str]:
 
 
 def test_an_upgrade_with_changed_values_takes_effect(namespace: Namespace, values: dict[str, Any]) -> None:
-    changed = values | {"log": {"level": "debug"}, "injector": {"enabled": True}, "projector": {"replicas": 2}}
+    appender = {"deployment": {"enabled": True, "replicas": 1, "auth": {"token": TOKEN}}}
+    changed = values | {
+        "log": {"level": "debug"},
+        "injector": {"enabled": True},
+        "projector": {"replicas": 2},
+        "appender": appender,
+    }
     namespace.helm("upgrade", "es", CHART, "--wait", "--timeout=180s", values=changed)
     assert len(namespace.pods("projector")) == 2
     [container] = namespace.get("deployment", "es-eventprojector-projector")["spec"]["template"]["spec"]["containers"]
     assert {"name": "LOG_LEVEL", "value": "debug"} in container["env"]
     namespace.helm("test", "es", "--timeout=180s")
     wait_ready(namespace, "permits", "groups")
+
+
+def test_the_appender_as_a_service_wants_a_token(namespace: Namespace) -> None:
+    body = json.dumps({"events": [{"eventId": "by-service", "eventName": "Posted", "payload": {}}]}).encode()
+
+    def post(port: int, **headers: str) -> int:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/aggregates/posted/events", body, headers)
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with namespace.forwarded("service/es-eventprojector-appender", 8080) as port:
+        assert post(port) == 401
+        assert post(port, Authorization="Bearer wrong") == 401
+        assert post(port, Authorization=f"Bearer {TOKEN}") == 201
+        assert post(port, Authorization=f"Bearer {TOKEN}") == 200  # it was there already
+
+
+def test_the_injector_s_certificate_outlives_an_upgrade(namespace: Namespace) -> None:
+    before = namespace.get("secret", "es-eventprojector-injector")["data"]
+    namespace.helm("upgrade", "es", CHART, "--reuse-values", "--wait", "--timeout=180s")
+    assert namespace.get("secret", "es-eventprojector-injector")["data"] == before
 
 
 def test_the_injector_gives_an_annotated_pod_the_sidecar(namespace: Namespace, image: dict[str, str]) -> None:
