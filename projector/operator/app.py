@@ -20,7 +20,7 @@ import kopf
 import msgspec
 import structlog
 from aiohttp import web
-from prometheus_client import ProcessCollector
+from prometheus_client import GCCollector, ProcessCollector
 from prometheus_client.aiohttp import make_aiohttp_handler
 from pymongo.errors import PyMongoError
 
@@ -337,5 +337,6 @@ async def run_operator(stopping: asyncio.Event) -> None:
     read_models = ProjectorSettings().database or store.eventstore_database
     operator = Operator(OperatorSettings(), store, read_models, InjectorSettings())
     ProcessCollector(registry=operator.metrics.registry)
+    GCCollector(registry=operator.metrics.registry)
     with contextlib.suppress(asyncio.CancelledError):
         await operator.run(stopping)
