@@ -69,9 +69,11 @@ class Metric(NamedTuple):
 
 def exported() -> list[Metric]:
     """The metrics of all processes, in the order of their declaration."""
+    following = projector.Metrics()
+    following.set_oplog_window(0)  # it has no series where the oplog may not be read
     registries = {
         "appender": appender.Metrics().registry,
-        "projector": projector.Metrics().registry,
+        "projector": following.registry,
         "operator": operator.Metrics(()).registry,
     }
     found = [metric for component, registry in registries.items() for metric in _declared(component, registry)]

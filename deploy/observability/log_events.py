@@ -39,6 +39,8 @@ MEANINGS: Final[dict[str, str]] = {
     "operator_started": "The operator watches its resources.",
     "operator_stopped": "The operator's end.",
     "ops_listening": "Probes and metrics are served on a port of their own.",
+    "orphaned_transactions_ended": "An appender that was killed had left transactions open, which held up others: they were ended.",
+    "orphans_not_found": "The role may not look for transactions that a killed appender left; MongoDB ends them after a minute.",
     "partition_ended": "A defect: a partition ended by an error that nobody foresaw. It is taken up again from its checkpoint.",
     "partition_lost": "Another replica took over a partition, since this one was late to renew its lease.",
     "partition_restarts": "A partition begins anew from its checkpoint; `reason` as in projector_stream_restarts_total.",
