@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from appender.importer import BadFileError, Imported, count_rows, import_file
+from appender.importer import BadFileError, Imported, import_file, read_rows
 from eventstore import logs
 from eventstore.client import Database, connect, open_database
 from eventstore.embedded import MongodNotFoundError
@@ -65,8 +65,9 @@ def main(log: Path) -> None:
     started = time.monotonic()
     try:
         projections = _projections(log)
+        count = sum(1 for _ in read_rows(log))  # a file that is no log is refused before anything is started
         with mongodb() as uri:
-            uvloop.run(_demo(log, uri, projections))
+            uvloop.run(_demo(log, count, uri, projections))
     except (DemoError, BadFileError, MongodNotFoundError, NotStartedError, OSError, aiohttp.ClientError) as error:
         raise click.ClickException(str(error) or type(error).__name__) from error
     _console.print(f"Everything, from starting MongoDB to ending it, took {time.monotonic() - started:.1f} s.")
@@ -81,14 +82,14 @@ def _projections(log: Path) -> list[Projection]:
     return distinct([*load_folder(HERE / "shop" / "projections"), *load_modules(["examples.shop.sales"])])
 
 
-async def _demo(log: Path, uri: str, projections: Sequence[Projection]) -> None:
+async def _demo(log: Path, count: int, uri: str, projections: Sequence[Projection]) -> None:
     async with running(uri, projections) as urls, connect(SecretStr(uri), "demo") as client:
         database = open_database(client, urls.database)
         ops = Ops(database, database, lambda: {projection.name: projection for projection in projections})
         await asyncio.gather(*(_live(ops, projection.name) for projection in projections))
         _console.print(f"A real MongoDB, an appender at {urls.appender_url}, a projector at {urls.projector_url}.")
         started = time.monotonic()
-        imported = await _import(log, urls)
+        imported = await _import(log, count, urls)
         projected = await asyncio.gather(*(_caught_up(ops, each.name, started) for each in projections))
         for projection in projections:
             await _show_read_model(database, projection)
@@ -106,17 +107,17 @@ async def _live(ops: Ops, name: str) -> None:
         await asyncio.sleep(0.1)
 
 
-async def _import(log: Path, urls: Running) -> Imported:
+async def _import(log: Path, count: int, urls: Running) -> Imported:
     """Appends the events of the file over HTTP, by 16 clients at once, in the order of their time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console) as bar:
-        task = bar.add_task(f"appending {log.name}", total=count_rows(log))
+        task = bar.add_task(f"appending {log.name}", total=count)
         imported = await import_file(
             log, urls.appender_url, order="timestamp", progress=lambda done: bar.advance(task, done)
         )
-        bar.update(task, total=imported.appended)
-    if imported.failed or not imported.appended:
-        raise DemoError("\n".join([f"{imported.failed} of the events of {log} were refused", *imported.errors]))
+    if imported.failed or imported.appended != count:
+        refused = f"{imported.appended} of the {count} events of {log} were appended, {imported.failed} refused"
+        raise DemoError("\n".join([refused, *imported.errors]))
     return imported
 
 

@@ -6,7 +6,6 @@ MongoDB may be away at the start and at any time later: the process lives, is no
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +16,7 @@ from pymongo.errors import PyMongoError
 from eventstore import indexes
 from eventstore.client import connect, open_database
 from eventstore.logs import redact
+from projector import tasks
 from projector.http import serve
 from projector.supervisor import Supervisor
 
@@ -100,10 +100,7 @@ async def _provision(log: Database, state: _State, stopping: asyncio.Event, *, p
             task.result()
         return task.done() and not stopping.is_set()
     finally:
-        for each in (task, stop):
-            each.cancel()
-        with contextlib.suppress(Exception):
-            await asyncio.gather(task, stop, return_exceptions=True)
+        await tasks.end([task, stop])
 
 
 async def _provisioned(log: Database, state: _State, *, provision: bool) -> None:

@@ -124,12 +124,15 @@ async def test_run_lives_without_mongodb_and_says_so() -> None:
 
         async def says_why() -> bool:
             status, answer = await projector.get("/readyz")
-            return status == 503 and "127.0.0.1:1" in answer["reason"]
+            return bool(status == 503 and "127.0.0.1:1" in answer["reason"])
 
-        await eventually(says_why)
-        assert (await projector.get("/healthz"))[0] == 200
-        (status, problem), (code, _, errors) = await asyncio.gather(
-            projector.get("/v1/projections"), _command(env, "list")
+        async def listens() -> bool:
+            return (await projector.get("/healthz"))[0] == 200
+
+        await eventually(listens)
+        # Each of them waits some seconds for a server.
+        _, (status, problem), (code, _, errors) = await asyncio.gather(
+            eventually(says_why), projector.get("/v1/projections"), _command(env, "list")
         )
         assert (status, problem["type"]) == (503, "urn:eventprojector:problem:unavailable")
         assert projector.end() == 0

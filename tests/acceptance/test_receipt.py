@@ -102,7 +102,8 @@ async def test_a_real_log_with_a_projector_that_is_killed_on_the_way(
                 # At the start, in the middle of catching up, and sometimes when there is nothing to do.
                 if chance.random() < 0.7:
 
-                    async def moved(before: int = before) -> bool:
+                    async def moved(before: int = before, projector: ProjectorProcess = projector) -> bool:
+                        assert projector.process.poll() is None, "".join(projector.output)
                         return await applied() > before
 
                     await eventually(moved, "the projector applies something")

@@ -59,8 +59,10 @@ async def _all_live(ops: Ops, writer: Writer | None = None) -> None:
     await eventually(every)
 
 
-async def _live_build(ops: Ops, name: str, build: str) -> None:
+async def _live_build(ops: Ops, name: str, build: str, writer: Writer | None = None) -> None:
     async def there() -> bool:
+        if writer is not None:
+            await writer.append("warm", "noise")
         return (await ops.show(name)).live == build
 
     await eventually(there, f"{build} live")
@@ -133,20 +135,20 @@ async def test_rebuild_rollback_and_what_is_kept(ops: Ops, live: Writer, databas
     await live.append("a")
     await ops.wait("ledger", "a", 1)
     assert await ops.rebuild("ledger") == "ledger.v1-2"
-    await _live_build(ops, "ledger", "ledger.v1-2")
+    await _live_build(ops, "ledger", "ledger.v1-2", live)
     await live.append("a")
     await ops.wait("ledger", "a", 2)
     # The first build stands at 1 now. Back to it: not before it has caught up.
     assert await ops.rollback("ledger") == "ledger.v1"
-    await _live_build(ops, "ledger", "ledger.v1")
+    await _live_build(ops, "ledger", "ledger.v1", live)
     assert (await documents(database, "ledger"))["a"]["applied"] == [1, 2]
     assert (await ops.show("ledger")).previous == "ledger.v1-2"
     # And forward again, by the same verb.
     await ops.rollback("ledger")
-    await _live_build(ops, "ledger", "ledger.v1-2")
+    await _live_build(ops, "ledger", "ledger.v1-2", live)
     # Two builds later the first is gone, with all that belonged to it.
     await ops.rebuild("ledger")
-    await _live_build(ops, "ledger", "ledger.v1-3")
+    await _live_build(ops, "ledger", "ledger.v1-3", live)
 
     async def first_is_gone() -> bool:
         return [build.id for build in (await ops.show("ledger")).builds] == ["ledger.v1-2", "ledger.v1-3"]
@@ -188,7 +190,7 @@ async def test_a_build_waits_for_a_cutover_by_hand_or_is_cancelled(ops: Ops, liv
     await eventually(ready)
     assert (await ops.show("ledger")).live == "ledger.v1"
     assert await ops.cutover("ledger") == candidate
-    await _live_build(ops, "ledger", candidate)
+    await _live_build(ops, "ledger", candidate, live)
 
 
 @pytest.mark.usefixtures("live")
@@ -201,11 +203,12 @@ async def test_the_build_of_a_new_version_is_not_cancelled(ops: Ops, database: D
 async def test_a_rollback_that_nobody_could_carry_out_is_refused(
     database: Database, ops: Ops, projections: list[Projection]
 ) -> None:
+    writer = Writer(database)
     async with running(database, projections, lease_seconds=0.5):
-        await _all_live(ops)
+        await _all_live(ops, writer)
     newer = [ledger(version=2), projections[1]]
     async with running(database, newer, lease_seconds=0.5):
-        await _live_build(ops, "ledger", "ledger.v2")
+        await _live_build(ops, "ledger", "ledger.v2", writer)
         with pytest.raises(Conflict, match="no projector that runs now has version 1 of its code"):
             await ops.rollback("ledger")
         assert (await ops.show("ledger")).candidate is None
@@ -219,12 +222,12 @@ async def test_a_rollback_that_nobody_could_carry_out_is_refused(
             return False
 
         await eventually(rolled_back)
-        await _live_build(ops, "ledger", "ledger.v1")
+        await _live_build(ops, "ledger", "ledger.v1", writer)
 
 
 async def test_drop_only_what_nobody_runs(ops: Ops, database: Database, projections: list[Projection]) -> None:
     async with running(database, projections, lease_seconds=0.5):
-        await _all_live(ops)
+        await _all_live(ops, Writer(database))
         with pytest.raises(Conflict, match="is being run"):
             await ops.drop("ledger")
     async with running(database, projections[1:], lease_seconds=0.5):
@@ -397,8 +400,9 @@ async def test_a_document_that_was_deleted_by_hand_is_found(
 ) -> None:
     """Its mark is gone with it. A projector would put it right when it begins anew, so none runs."""
     async with running(database, projections, lease_seconds=0.5):
-        await _all_live(ops)
-        await _filled(ops, Writer(database))
+        writer = Writer(database)
+        await _all_live(ops, writer)
+        await _filled(ops, writer)
     await database["ledger.v1"].delete_one({"_id": "a0"})
     assert await _findings(ops, "ledger") == [("behind", "a0")]
 
