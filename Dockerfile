@@ -1,6 +1,7 @@
 # One image, three roles: `appender serve`, `projector run`, `projector operator`. No entrypoint: the role is the command.
 #
-# Reproducible: hashed locks, deterministic byte code, file times set to SOURCE_DATE_EPOCH. A base of your own, or pinned:
+# Reproducible: hashed locks, deterministic byte code, file times set to SOURCE_DATE_EPOCH; bit for bit where the builder sets the
+# times of its layers too (buildah's --timestamp, BuildKit's rewrite-timestamp). A base of your own, or pinned:
 #   --build-arg PYTHON_IMAGE=docker.io/library/python:3.11-slim@sha256:…
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim
 
