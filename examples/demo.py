@@ -39,6 +39,8 @@ HERE: Final = Path(__file__).parent
 SHOWN_DOCUMENTS: Final = 6
 SHOWN_FIELDS: Final = 7
 PATIENCE_SECONDS: Final = 120.0
+GAUGE_SECONDS: Final = 5.0
+"""The projector sets its gauges once a second: so long they may still tell of before."""
 
 _console: Final = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False, emoji=False)
 
@@ -157,7 +159,12 @@ def _cell(value: Any) -> str:
 
 async def _show_metrics(urls: Running, imported: Imported, projected: Sequence[Projected]) -> None:
     """What Prometheus would scrape, and the rates of this run."""
-    appender, projector = await asyncio.gather(_scrape(urls.appender_url), _scrape(urls.projector_url))
+    appender = await _scrape(urls.appender_url)
+    projector = await _scrape(urls.projector_url)
+    deadline = time.monotonic() + GAUGE_SECONDS
+    while any(lag for _, lag in projector["projector_lag_seconds"]) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+        projector = await _scrape(urls.projector_url)
     appended = sum(value for _, value in appender.get("appender_events_appended_total", ()))
     if appended != imported.appended:
         raise DemoError(f"the appender counts {appended:.0f} events, the import {imported.appended}")
