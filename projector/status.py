@@ -42,6 +42,8 @@ CLOSE_SECONDS: Final = 2.0
 
 OPLOG_SECONDS: Final = 15.0
 
+_CAPPED_POSITION_LOST: Final = 136
+
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -212,8 +214,12 @@ class Reports:
 
 async def oplog_start(database: Database) -> float | None:
     """Commit time of the oldest oplog entry, seconds since the epoch; None where the role may not read it."""
-    try:
-        first = await database.client["local"]["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", 1)])
-    except OperationFailure:
-        return None
-    return float(first["ts"].time) if first else None
+    for _ in range(10):
+        try:
+            first = await database.client["local"]["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", 1)])
+        except OperationFailure as error:
+            if error.code == _CAPPED_POSITION_LOST:  # it was cut off in this moment
+                continue
+            return None
+        return float(first["ts"].time) if first else None
+    return None

@@ -443,14 +443,6 @@ async def test_what_was_applied_and_is_gone_from_the_log_is_never_passed_over(da
         await eventually_equal(
             model(database, build), {"a": {"_id": "a", "applied": [1, 2, 3, 4]}, "b": {"_id": "b", "applied": [1, 2]}}
         )
-    assert (
-        metric(
-            here.metrics,
-            "projector_dead_letters_total",
-            projection="ledger",
-        )
-        is not None
-    )
 
 
 async def named(database: Database, aggregate_id: str) -> dict[str, Any]:

@@ -1,0 +1,445 @@
+"""Resuming: a position that died, a filter that hides it, a log that was dropped, a write that nobody knows of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import bson
+import pytest
+from pydantic import SecretStr
+from pymongo.errors import AutoReconnect, ConnectionFailure
+from pymongo.write_concern import WriteConcern
+
+from eventstore.client import Client, Database, connect, open_database
+from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.event import EVENTS, slot_of
+from eventstore.indexes import provision
+from projector import partition as partition_module
+from projector.aside import StoppedError
+from projector.changes import StaleMarksError
+from projector.checkpoint import CHECKPOINTS, Checkpoint, PartitionId, ensure_layout
+from projector.partition import Partition
+from projector.position import Position
+from projector.status import oplog_start
+from projector.stream import EventStream, position_now
+from tests.conftest import missing
+from tests.eventually import eventually, eventually_equal
+from tests.projecting import (
+    Here,
+    Writer,
+    all_events,
+    begun,
+    documents,
+    event,
+    expected_ledgers,
+    expected_rooms,
+    ledger,
+    metric,
+    only,
+    parked,
+    rooms,
+    same,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from bson.timestamp import Timestamp
+
+KINDS = pytest.mark.parametrize(
+    ("make", "expect"), [(ledger, expected_ledgers), (rooms, expected_rooms)], ids=["owned", "shared"]
+)
+
+
+@pytest.fixture(scope="module")
+def small_oplog() -> Iterator[ReplicaSet]:
+    """A server whose oplog rolls, and that fails commands when told to."""
+    try:
+        find_mongod()
+    except MongodNotFoundError as error:
+        missing(str(error))
+    with ReplicaSet(oplog_mib=1, parameters={"enableTestCommands": "1"}, arguments=["--syncdelay", "1"]) as replica_set:
+        yield replica_set
+
+
+@pytest.fixture
+async def small(small_oplog: ReplicaSet, database_name: str) -> AsyncIterator[Database]:
+    """An event store on it."""
+    async with connect(SecretStr(small_oplog.uri), "test") as client:
+        database = open_database(client, database_name)
+        await provision(database)
+        yield database
+        await client.drop_database(database_name)
+
+
+async def roll(client: Client, past: Timestamp) -> None:
+    """Fills the oplog until nothing of this time is left in it; MongoDB keeps what it needs since its last snapshot on disk."""
+    filler = client.get_database("filler", write_concern=WriteConcern(w=1)).filler
+
+    async def gone() -> bool:
+        await filler.insert_many([{"x": "x" * 2**18} for _ in range(4)])
+        start = await oplog_start(open_database(client, "local"))
+        return start is not None and start > past.time
+
+    await eventually(gone, "the oplog has rolled")
+    await client.drop_database("filler")
+
+
+async def stored_position(database: Database, number: int = 0) -> dict[str, Any]:
+    found = await database[CHECKPOINTS].find_one({"_id": {"$regex": f"/{number}-of-"}})
+    assert found is not None
+    return found
+
+
+@KINDS
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "quiet"])
+async def test_a_position_that_rolled_out_of_the_oplog_is_repaired(
+    small: Database, make: Any, expect: Any, busy: bool
+) -> None:
+    """Nothing is lost, nobody is asked, and no event is read that had been applied."""
+    build = await begun(small, make())
+    writer = Writer(small)
+    name = build.projection.name
+    async with Here(small).runs(build, only(build)):
+        for aggregate_id in ("a", "b", "c"):
+            await writer.append(aggregate_id, *["counted"] * 20, rooms=["x", aggregate_id])
+        await eventually_equal(lambda: documents(small, build.collection), expect(await all_events(small)))
+    down = [("a", 3), ("d", 4)] if busy else []
+    for aggregate_id, count in down:
+        await writer.append(aggregate_id, *["counted"] * count, rooms=["x"])
+    await roll(small.client, await position_of_now(small))
+
+    here = Here(small)
+    async with here.runs(build, only(build)) as partition:
+        await eventually_equal(lambda: documents(small, build.collection), expect(await all_events(small)))
+        await eventually(same(lambda: partition.progress.caught_up))
+        assert metric(here.metrics, "projector_repaired_events_total", projection=name) == sum(n for _, n in down)
+        assert metric(here.metrics, "projector_stream_restarts_total", projection=name, reason="history_lost") == 1
+        await writer.append("b", rooms=["x"])
+        await writer.append("e", rooms=["x"])
+        await eventually_equal(lambda: documents(small, build.collection), expect(await all_events(small)))
+    assert await parked(small) == {}
+
+
+async def position_of_now(database: Database) -> Timestamp:
+    return (await position_now(database)).cluster_time
+
+
+async def test_the_checkpoint_of_a_quiet_partition_moves(small: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it runs, a token does not age out, though no event comes: the oplog rolls past where it began, and it does not care."""
+    monkeypatch.setattr(partition_module, "IDLE_CHECKPOINT_SECONDS", 0.1)
+    build = await begun(small, ledger())
+    writer, here = Writer(small), Here(small)
+    await writer.append("a")
+    async with here.runs(build, only(build)) as partition:
+        began = await position_of_now(small)
+        await roll(small.client, began)
+
+        async def moved() -> bool:
+            return bool((await stored_position(small))["clusterTime"] > began)
+
+        await eventually(moved)
+        assert partition.progress.lag_seconds() == 0  # idle is not lag
+    again = Here(small)
+    async with again.runs(build, only(build)):
+        await writer.append("a")
+        await eventually_equal(lambda: documents(small, build.collection), expected_ledgers(await all_events(small)))
+    for each in (here, again):
+        assert metric(each.metrics, "projector_stream_restarts_total", projection="ledger", reason="history_lost") == 0
+
+
+@KINDS
+async def test_a_token_of_an_event_that_the_filter_hides_is_repaired(
+    database: Database, make: Any, expect: Any
+) -> None:
+    """Error 280: an older version, or a person, stored an event's own token, and the partitions were changed since."""
+    build = await begun(database, make(), partitions=2)
+    first, second = (PartitionId(build.id, number, 2) for number in range(2))
+    here = Here(database)
+    async with here.runs(build, first), here.runs(build, second):
+        pass
+    writer = Writer(database)
+    mine = next(name for name in map(str, range(100)) if slot_of(name) in first.slots)
+    others = next(name for name in map(str, range(100)) if slot_of(name) in second.slots)
+    await writer.append(others, *["counted"] * 3, rooms=["x"])
+    async with await database[EVENTS].watch(
+        start_at_operation_time=(await stored_position(database))["clusterTime"]
+    ) as stream:
+        await writer.append(mine, rooms=["x"])
+        token: Any = None
+        async for change in stream:
+            if change["fullDocument"]["aggregateId"] == mine:
+                token = change["_id"]
+                break
+    await database[CHECKPOINTS].update_one({"_id": str(second)}, {"$set": {"token": token}})
+    here = Here(database)
+    async with here.runs(build, first), here.runs(build, second):
+        await writer.append(others, rooms=["x"])
+        await eventually_equal(lambda: documents(database, build.collection), expect(await all_events(database)))
+    name = build.projection.name
+    assert metric(here.metrics, "projector_stream_restarts_total", projection=name, reason="history_lost") == 1
+    # The server says so only when an event comes after it.
+    assert metric(here.metrics, "projector_repaired_events_total", projection=name) == 4
+
+
+@KINDS
+async def test_a_log_that_was_dropped_and_restored_goes_on(database: Database, make: Any, expect: Any) -> None:
+    """The drop invalidates the stream while it is read; the same events come back, and then new ones."""
+    build = await begun(database, make())
+    writer, here = Writer(database), Here(database)
+    async with here.runs(build, only(build)):
+        await writer.append("a", *["counted"] * 5, rooms=["x"])
+        await writer.append("b", *["counted"] * 5, rooms=["x"])
+        events = await all_events(database)
+        await eventually_equal(lambda: documents(database, build.collection), expect(events))
+    # Renamed away and back: for a moment there is no log at all.
+    await database[EVENTS].rename("elsewhere")
+    await database["elsewhere"].rename(EVENTS)
+    here = Here(database)
+    async with here.runs(build, only(build)):
+        await writer.append("a", rooms=["x"])
+        await eventually_equal(lambda: documents(database, build.collection), expect(await all_events(database)))
+        await database[EVENTS].rename("elsewhere")  # now while it reads
+        await database["elsewhere"].rename(EVENTS)
+        await writer.append("b", rooms=["x"])
+        await eventually_equal(lambda: documents(database, build.collection), expect(await all_events(database)))
+    assert await parked(database) == {}
+
+
+async def test_a_log_that_was_dropped_and_begun_anew_stops_the_projection_loudly(database: Database) -> None:
+    build = await begun(database, ledger())
+    writer = Writer(database)
+    here = Here(database, max_parked=2)
+    partition = Partition(here, build, only(build))
+    task = asyncio.create_task(partition.run())
+    for aggregate_id in ("a", "b", "c"):
+        await writer.append(aggregate_id, "counted", "counted")
+    before = expected_ledgers(await all_events(database))
+    await eventually_equal(lambda: documents(database, build.collection), before)
+    await database.drop_collection(EVENTS)
+    await provision(database)
+    await Writer(database).append("a")
+    with pytest.raises(StoppedError):
+        await asyncio.wait_for(task, 30)
+    assert await documents(database, build.collection) == before  # as it was, and nothing new on top
+
+
+async def test_an_oversized_change_event_is_read_from_the_log(small: Database) -> None:
+    """Error 10334 on the stream: a light stream tells which events there are, the log has them."""
+    build = await begun(small, ledger())
+    writer, here = Writer(small), Here(small)
+    async with here.runs(build, only(build)) as partition:
+        await writer.append("a")
+        await eventually_equal(lambda: documents(small, build.collection), expected_ledgers(await all_events(small)))
+        fail = {"failCommands": ["getMore"], "errorCode": 10334, "namespace": f"{small.name}.{EVENTS}"}
+        await small.client.admin.command("configureFailPoint", "failCommand", mode={"times": 1}, data=fail)
+        await writer.insert([writer.next(each) for each in ("a", "b", "a", "c")])
+        await eventually_equal(lambda: documents(small, build.collection), expected_ledgers(await all_events(small)))
+        await writer.append("a")
+        await eventually_equal(lambda: documents(small, build.collection), expected_ledgers(await all_events(small)))
+        await eventually(same(lambda: partition.progress.caught_up))
+    assert metric(here.metrics, "projector_stream_restarts_total", projection="ledger", reason="unexpected") == 0
+    assert await parked(small) == {}
+
+
+async def test_a_shutdown_does_not_pass_what_a_write_under_way_then_loses(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write fails after the partition was asked to stop: its events must not be passed by the last checkpoint."""
+    build = await begun(database, ledger())
+    writer, here = Writer(database), Here(database)
+    under_way, go_on = asyncio.Event(), asyncio.Event()
+
+    async def fails(*_: Any) -> None:
+        under_way.set()
+        await go_on.wait()
+        raise AutoReconnect("the connection was lost")
+
+    async with here.runs(build, only(build)) as partition:
+        monkeypatch.setattr(partition_module._Loop, "_transaction", fails)
+        await writer.append("a")
+        await under_way.wait()
+        partition.stop()
+        await writer.append("b")
+        go_on.set()
+    monkeypatch.undo()
+    async with Here(database).runs(build, only(build)):
+        await eventually_equal(
+            lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
+        )
+
+
+async def test_an_idle_checkpoint_does_not_pass_what_a_failed_write_lost(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader waits for the writer to move an idle checkpoint, and the writer fails."""
+    monkeypatch.setattr(partition_module, "IDLE_CHECKPOINT_SECONDS", 0.0)
+    build = await begun(database, ledger())
+    writer, here = Writer(database), Here(database)
+    real = partition_module._Loop._transaction
+    calls = 0
+
+    async def fails(self: Any, *rest: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            raise ConnectionFailure("the connection was lost")
+        await real(self, *rest)
+
+    monkeypatch.setattr(partition_module._Loop, "_transaction", fails)
+    async with here.runs(build, only(build)):
+        for _ in range(3):
+            await writer.append("a")
+            await eventually_equal(
+                lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
+            )
+    assert calls >= 6
+
+
+async def test_the_next_owner_need_not_wait_for_what_a_killed_one_left_open(
+    mongodb_uri: str, database: Database
+) -> None:
+    """A transaction that nobody will end holds the checkpoint for a minute, unless somebody ends it."""
+    build = await begun(database, ledger())
+    async with connect(SecretStr(mongodb_uri), "test") as doomed:
+        other = open_database(doomed, database.name)
+        killed = await Checkpoint.take(other, only(build), "killed")
+        await killed.session.start_transaction()
+        await killed.move(killed.position, killed.session)
+    async with asyncio.timeout(20):
+        taken = await Checkpoint.take(database, only(build), "next")
+    assert taken.epoch == killed.epoch + 1
+    await taken.close()
+
+    async with connect(SecretStr(mongodb_uri), "test") as doomed:
+        other = open_database(doomed, database.name)
+        killed = await Checkpoint.take(other, only(build), "killed again")
+        await killed.session.start_transaction()
+        await killed.move(killed.position, killed.session)
+    async with asyncio.timeout(20):
+        assert await ensure_layout(database, build.id, 2)
+
+
+async def test_a_position_taken_now_is_one_that_reads_show(database_name: str) -> None:
+    """What the primary has and a majority has not lies before the token: it must not be missed by the scan that follows."""
+    with ReplicaSet(members_count=3) as replica_set:
+        async with connect(SecretStr(replica_set.uri), "test") as client:
+            config = (await client.admin.command("replSetGetConfig"))["config"]
+            config["version"] += 1
+            config["settings"]["electionTimeoutMillis"] = 60_000  # nobody is to be elected meanwhile
+            await client.admin.command("replSetReconfig", config)
+            database = open_database(client, database_name)
+            await provision(database)
+            primary = replica_set.wait_for_primary()
+            with contextlib.ExitStack() as stack:
+                for member in replica_set.members:
+                    if member is not primary:
+                        member.pause()
+                        stack.callback(member.resume)
+                alone = database.get_collection(EVENTS, write_concern=WriteConcern(w=1))
+                await alone.insert_one(event("a", 1))
+                task = asyncio.create_task(position_now(database))
+                await asyncio.wait({task}, timeout=1.0)
+                if task.done():
+                    assert await all_events(database)
+            position = await task
+            # By the stream, or by a read: one of both must have it.
+            stream = EventStream(database, position)
+            found = [*await all_events(database), *(await stream.next()).events]
+            await stream.close()
+            assert [each["aggregateId"] for each in found] == ["a"]
+
+
+async def test_stale_marks_apply_nothing_twice(database: Database) -> None:
+    """Marks that a primary just elected answered from the past: documents read in the transaction are newer."""
+    build = await begun(database, rooms())
+    writer, here = Writer(database), Here(database)
+    async with here.runs(build, only(build)):
+        await writer.append("a", "counted", "counted", rooms=["x"])
+        await eventually_equal(
+            lambda: documents(database, build.collection), expected_rooms(await all_events(database))
+        )
+    from projector.shared import SharedFolder
+
+    folder = SharedFolder(database, build)
+    await folder.load({"a", "b"})
+    await database[build.marks].update_one({"_id": "a"}, {"$set": {"mark": 1}})
+    stale = SharedFolder(database, build)
+    await stale.load({"a", "b"})
+    await database[build.marks].update_one({"_id": "a"}, {"$set": {"mark": 2}})
+    events = [dict(each) for each in await all_events(database)]
+    stale.fold([e for e in events if e["sequenceNo"] == 2], ())
+    before = await documents(database, build.collection)
+    async with database.client.start_session() as session:
+        with pytest.raises(StaleMarksError):
+            await session.with_transaction(stale.take()[0].write)
+        stale.fold([event("b", 1, rooms=["x"])], ())  # a mark that was not there, and now is
+        await database[build.marks].insert_one({"_id": "b", "mark": 1})
+        with pytest.raises(StaleMarksError):
+            await session.with_transaction(stale.take()[0].write)
+    assert await documents(database, build.collection) == before
+
+
+@pytest.mark.parametrize("token", ["", "82", "8200", "not hexadecimal"])
+async def test_a_token_that_the_server_cannot_read_is_repaired(database: Database, token: str) -> None:
+    build = await begun(database, ledger())
+    writer = Writer(database)
+    async with Here(database).runs(build, only(build)):
+        await writer.append("a")
+        await eventually_equal(
+            lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
+        )
+    await writer.append("a", "counted", "counted")
+    await database[CHECKPOINTS].update_one({"build": build.id}, {"$set": {"token": {"_data": token}}})
+    here = Here(database)
+    async with here.runs(build, only(build)):
+        await eventually_equal(
+            lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
+        )
+        await writer.append("b")
+        await eventually_equal(
+            lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
+        )
+    assert metric(here.metrics, "projector_repaired_events_total", projection="ledger") == 2
+    assert metric(here.metrics, "projector_stream_restarts_total", projection="ledger", reason="history_lost") == 1
+
+
+async def test_a_change_of_partitions_amid_a_transaction_loses_nothing(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two partitions stand at the same cluster time, one of them amid the events of a transaction: it is the older one."""
+    from projector import stream
+
+    monkeypatch.setattr(stream, "BATCH_EVENTS", 2)
+    build = await begun(database, ledger(), partitions=2)
+    first, second = (PartitionId(build.id, number, 2) for number in range(2))
+    here = Here(database)
+    async with here.runs(build, first), here.runs(build, second):
+        pass
+    writer = Writer(database)
+    several = [f"aggregate-{number}" for number in range(100)]
+    names = [name for slots in (first.slots, second.slots) for name in several if slot_of(name) in slots]
+    await writer.insert([writer.next(name) for name in names])
+    for number, slots in ((0, first.slots), (1, second.slots)):
+        begin = Position.load(await stored_position(database, number))
+        reader = EventStream(database, begin, slots=slots)
+        seen: set[str] = set()
+        wanted = {name for name in names if slot_of(name) in slots}
+        # The first one stays amid the transaction, the second one has read it all.
+        while len(seen) < (4 if number == 0 else len(wanted)):
+            seen |= {each["aggregateId"] for each in (await reader.next()).events}
+        await database[CHECKPOINTS].update_one(
+            {"build": build.id, "_id": {"$regex": f"/{number}-of"}}, {"$set": reader.position.dump()}
+        )
+        await reader.close()
+    times = {bson.encode({"t": each["clusterTime"]}) async for each in database[CHECKPOINTS].find()}
+    assert len(times) == 1, "the server has given the events of a transaction several times"
+    amid = (await stored_position(database, 0))["token"]
+    await ensure_layout(database, build.id, 1)
+    assert (await stored_position(database, 0))["token"] == amid
+    # Nothing of it was applied, so what comes is what this position brings: all but what the first one had read.
+    expected = {name: {"_id": name, "applied": [1]} for name in names[4:]}
+    async with here.runs(build, only(build)):
+        await eventually_equal(lambda: documents(database, build.collection), expected)
