@@ -93,7 +93,6 @@ class Reports:
                 ordered=False,
             )
         for name, control in controls.items():
-            self._set_gauges(name, control, running)
             if any(item.build.projection.name == name for item in running.values()) or control.paused or control.failed:
                 await self._write_status(control, runnable, problems.get(name))
         for name in problems.keys() - {
@@ -122,10 +121,15 @@ class Reports:
         if now - self._oplog_asked >= OPLOG_SECONDS or not self._oplog_asked:
             self._oplog_asked = now
             self._oplog_start = await oplog_start(self._event_log)
-        self._metrics.set_oplog_window(None if self._oplog_start is None else time.time() - self._oplog_start)
 
-    def _set_gauges(self, name: str, control: Control, running: Mapping[str, Any]) -> None:
-        mine = [item.partition for item in running.values() if item.build.projection.name == name]
+    def show(self, running: Mapping[str, Any], controls: Mapping[str, Control]) -> None:
+        """Sets the gauges, from memory alone: while MongoDB is away or refuses something they must not stay as they were."""
+        self._metrics.set_oplog_window(None if self._oplog_start is None else time.time() - self._oplog_start)
+        for name, control in controls.items():
+            partitions = [item.partition for item in running.values() if item.build.projection.name == name]
+            self._set_gauges(name, control, partitions)
+
+    def _set_gauges(self, name: str, control: Control, mine: list[Partition]) -> None:
         self._metrics.partitions.labels(name).set(len(mine))
         if control.failed:
             self._metrics.set_health(name, "failed")
@@ -134,19 +138,22 @@ class Reports:
         elif not mine:
             self._metrics.set_health(name, "standby")
         else:
-            states = [partition.progress.state for partition in mine]
+            states = [partition.progress.state for partition in _read(mine, control)]
             worst = ("waiting", "repairing", "rebuilding", "catching_up", "live")
             self._metrics.set_health(name, next((state for state in worst if state in states), states[0]))
-        self._measure(name, [partition.progress for partition in mine])
+        self._measure(name, [each.progress for each in mine], [each.progress for each in _read(mine, control)])
 
-    def _measure(self, name: str, progress: list[Progress]) -> None:
-        """The gauges of a projection, over the partitions that run here; all 0 without any, so that none stays as it was."""
+    def _measure(self, name: str, progress: list[Progress], read: list[Progress]) -> None:
+        """The gauges of a projection, over the partitions that run here; all 0 without any, so that none stays as it was.
+
+        `read`: those of the build that readers see. One that is being built beside it is behind by nature.
+        """
         metrics, now = self._metrics, time.time()
-        metrics.lag_seconds.labels(name).set(max((item.lag_seconds() for item in progress), default=0))
-        metrics.backlog_events.labels(name).set(sum(item.backlog_events() for item in progress))
+        metrics.lag_seconds.labels(name).set(max((item.lag_seconds() for item in read), default=0))
+        metrics.backlog_events.labels(name).set(sum(item.backlog_events() for item in read))
         times = [item.checkpoint.cluster_time.time for item in progress if item.checkpoint is not None]
         metrics.token_age.labels(name).set(max(0.0, now - min(times)) if times else 0)
-        records = [record for item in progress for record in item.aside.values()]
+        records = [record for item in read for record in item.aside.values()]
         for state in ("retrying", "parked"):
             metrics.parked.labels(name, state).set(sum(record.state == state for record in records))
         metrics.parked_oldest.labels(name).set(min((record.since.timestamp() for record in records), default=0))
@@ -210,6 +217,11 @@ class Reports:
             "events": found.events,
             "total": found.total,
         }
+
+
+def _read(partitions: list[Partition], control: Control) -> list[Partition]:
+    """The partitions of the build that readers see; all where none of it runs here."""
+    return [partition for partition in partitions if partition.id.build == control.live] or partitions
 
 
 async def oplog_start(database: Database) -> float | None:

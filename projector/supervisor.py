@@ -173,6 +173,7 @@ class Supervisor:
         self._problems: dict[str, str] = {}
         self._reported: dict[str, str] = {}
         self._trouble = ""
+        self._controls: dict[str, Control] = {}
 
     def source(self, build: Build, position: Position, slots: range) -> Source:
         """Opens a source of batches for a partition."""
@@ -190,6 +191,7 @@ class Supervisor:
                     self._trouble = ""
                 except (PyMongoError, TimeoutError) as error:
                     self._report(error)
+                self.reports.show(self.running, self._controls)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(tick):
                         await stopping.wait()
@@ -211,6 +213,7 @@ class Supervisor:
         for name in self.running.keys() - held:
             self.running[name].stop()
         controls, builds = await self._prepare()
+        self._controls = controls
         runnable = {build.id: (build, control) for build, control in builds}
         partitions = {
             str(partition): partition
@@ -223,9 +226,15 @@ class Supervisor:
             self.running[name].stop()
         peers = await self.leases.announce(sorted(build.id for build in self._able.values()))
         await self._share(partitions, runnable, peers)
-        await self._cut_over_candidates(runnable)
+        trouble: PyMongoError | None = None
+        try:
+            await self._cut_over_candidates(runnable)
+        except PyMongoError as error:  # what cannot be verified now must not keep all others from saying where they are
+            trouble = error
         self._report_problems()
         await self.reports.write(self.running, controls, runnable, peers, self._problems)
+        if trouble is not None:
+            raise trouble
 
     async def _prepare(self) -> tuple[dict[str, Control], list[tuple[Build, Control]]]:
         """Begins builds that are missing, drops those that are over; returns what is to run of what this replica can run."""
