@@ -69,7 +69,8 @@ e2e: install
 	$(CLUSTER)/up
 	$(CLUSTER)/image base
 	$(CLUSTER)/image build $(IMAGE) .
-	PATH=$(CLUSTER_HOME)/bin:$$PATH KUBECONFIG=$(CLUSTER_HOME)/kubeconfig IMAGE=$(IMAGE) $(BIN)/pytest -m e2e tests/e2e
+	PATH=$(CLUSTER_HOME)/bin:$$PATH KUBECONFIG=$(CLUSTER_HOME)/kubeconfig IMAGE=$(IMAGE) OWN_CLUSTER=true \
+	  $(BIN)/pytest -m e2e tests/e2e
 endif
 
 bench: install ## the benchmarks, each beside its peers on the same mongod

@@ -68,7 +68,10 @@ def namespace() -> Iterator[Namespace]:
 
 
 def clean_up() -> None:
-    """Removes what this test makes: its namespaces, and the definitions if its release made them."""
+    """Removes what this test makes: its namespaces, and the definitions if its release made them.
+
+    In a cluster that is there for tests alone (OWN_CLUSTER=true) also the definitions that other tests left.
+    """
     for name in (NAMESPACE, OTHER_NAMESPACE):
         found = run("kubectl", "get", "namespace", "-l", "eventprojector.io/e2e=true", "-o", "name").split()
         if f"namespace/{name}" not in found:
@@ -86,7 +89,7 @@ def clean_up() -> None:
             )
         except CommandError:
             continue
-        if made_by == NAMESPACE:
+        if made_by == NAMESPACE or os.environ.get("OWN_CLUSTER") == "true":
             run("kubectl", "delete", "crd", crd, "--timeout=60s")
 
 
