@@ -35,7 +35,6 @@ __all__ = [
     "Sizes",
     "StaleMarksError",
     "Tally",
-    "encode_document",
     "read_documents",
     "unstorable",
     "write_documents",
@@ -124,18 +123,57 @@ class Outcome:
     tally: Tally = field(default_factory=Tally)
 
 
+class Statements:
+    """Parts of write commands of one kind, each with its size as BSON and the aggregate that it comes from.
+
+    Encoded once, when they are added, since folding goes on in the same documents while these are being written.
+    """
+
+    __slots__ = ("authors", "parts", "sizes")
+
+    def __init__(self) -> None:
+        self.parts: list[RawBSONDocument] = []
+        self.sizes: list[int] = []
+        self.authors: list[str] = []
+
+    def add(self, part: dict[str, Any], author: str) -> int:
+        """Adds a part; returns its size. Raises ValueError when it is too large, and what bson raises for what it cannot encode."""
+        raw = bson.encode(part)
+        size = len(raw)
+        if size > MAX_DOCUMENT_BYTES:
+            raise ValueError(f"the document would have {size} bytes, more than the 16 MiB that MongoDB allows")
+        self.parts.append(RawBSONDocument(raw))
+        self.sizes.append(size)
+        self.authors.append(author)
+        return size
+
+    def without(self, author: str) -> Statements:
+        """The same without the parts of one aggregate."""
+        kept = Statements()
+        for part, size, each in zip(self.parts, self.sizes, self.authors, strict=True):
+            if each != author:
+                kept.parts.append(part)
+                kept.sizes.append(size)
+                kept.authors.append(each)
+        return kept
+
+
 @dataclass(slots=True)
 class DocumentWrites:
-    """Writes to one collection, encoded, each with the aggregate that it comes from."""
+    """Writes to one collection and to its marks."""
 
-    inserts: list[RawBSONDocument] = field(default_factory=list)
-    inserted_by: list[str] = field(default_factory=list)
-    replaces: list[tuple[Any, RawBSONDocument]] = field(default_factory=list)
-    replaced_by: list[str] = field(default_factory=list)
+    inserts: Statements = field(default_factory=Statements)
+    replaces: Statements = field(default_factory=Statements)
     deletes: list[Any] = field(default_factory=list)
     marks: dict[str, Int64] = field(default_factory=dict)
     marks_before: dict[str, int] | None = None
     """What the marks must be for the writes to be right (0: there is none); None where they may be anything lower."""
+
+    def store(self, document: State, author: str, *, stored: bool) -> int:
+        """Adds the write of a document, which MongoDB has (`stored`) or not; returns its size. Raises what `add` raises."""
+        if stored:
+            return self.replaces.add({"q": {"_id": document["_id"]}, "u": document, "upsert": True}, author)
+        return self.inserts.add(document, author)
 
 
 class Changes(abc.ABC):
@@ -232,25 +270,14 @@ async def read_documents(
         await cursor.close()
 
 
-def encode_document(document: State) -> RawBSONDocument:
-    """The document as BSON. Raises ValueError when it is over MongoDB's limit, and what bson raises for what it cannot encode."""
-    raw = bson.encode(document)
-    if len(raw) > MAX_DOCUMENT_BYTES:
-        raise ValueError(f"the document would have {len(raw)} bytes, more than the 16 MiB that MongoDB allows")
-    return RawBSONDocument(raw)
-
-
 async def write_documents(
     database: Database, collection: str, marks: str, writes: DocumentWrites, session: AsyncClientSession
 ) -> None:
     """Carries writes out within the transaction of `session`. Raises EventFailedError naming the aggregate of a refusal."""
-    for start, end in _chunks([len(document.raw) for document in writes.inserts]):
-        command = {"insert": collection, "documents": writes.inserts[start:end], "ordered": False}
-        await _run(database, command, session, writes.inserted_by[start:end])
-    for start, end in _chunks([len(document.raw) for _, document in writes.replaces]):
-        updates = [{"q": {"_id": key}, "u": document, "upsert": True} for key, document in writes.replaces[start:end]]
-        command = {"update": collection, "updates": updates, "ordered": False}
-        await _run(database, command, session, writes.replaced_by[start:end])
+    for name, field_, statements in (("insert", "documents", writes.inserts), ("update", "updates", writes.replaces)):
+        for start, end in _chunks(statements.sizes):
+            command = {name: collection, field_: statements.parts[start:end], "ordered": False}
+            await _run(database, command, session, statements.authors[start:end])
     if writes.deletes:
         await database[collection].delete_many({"_id": {"$in": writes.deletes}}, session=session)
     if writes.marks:

@@ -15,6 +15,7 @@ from eventstore import __version__, logs, service
 from eventstore.auth import TokensMissingError
 from eventstore.embedded import MongodNotFoundError
 from eventstore.tracing import tracing
+from projector import collector
 from projector.commands import COMMANDS
 from projector.database_catalog import DatabaseCatalog
 from projector.environment import load_projections, settings_of_environment
@@ -68,6 +69,7 @@ def run(projections: Path | None, modules: tuple[str, ...], *, from_database: bo
     metrics = Metrics()
     ProcessCollector(registry=metrics.registry)
     GCCollector(registry=metrics.registry)
+    collector.relax()
     try:
         with tracing("projector"):
             service.run(lambda stopping: run_projector(settings, store, catalog, metrics=metrics, stopping=stopping))

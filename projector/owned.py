@@ -17,7 +17,6 @@ from projector.changes import (
     Folder,
     Outcome,
     Sizes,
-    encode_document,
     read_documents,
     unstorable,
     write_documents,
@@ -26,7 +25,6 @@ from projector.changes import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from bson.raw_bson import RawBSONDocument
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
@@ -55,12 +53,12 @@ class _Entry:
         self.size = size
 
 
-def marked(aggregate_id: str, mark: int, state: State) -> RawBSONDocument:
-    """The document as it is stored, with its mark. Raises what `encode_document` raises."""
-    whole = {"_id": aggregate_id, MARK: Int64(mark)}
+def marked(aggregate_id: str, mark: int, state: State) -> State:
+    """The document as it is stored, with its mark."""
+    whole: State = {"_id": aggregate_id, MARK: Int64(mark)}
     whole.update(state)
     whole["_id"] = aggregate_id  # a handler may have put anything there
-    return encode_document(whole)
+    return whole
 
 
 class OwnedChanges(Changes):
@@ -83,15 +81,8 @@ class OwnedChanges(Changes):
         await write_documents(self._database, self._build.collection, self._build.marks, self._writes, session)
 
     def without(self, aggregate_id: str) -> Changes:
-        old, new = self._writes, DocumentWrites()
-        for document, author in zip(old.inserts, old.inserted_by, strict=True):
-            if author != aggregate_id:
-                new.inserts.append(document)
-                new.inserted_by.append(author)
-        for replace, author in zip(old.replaces, old.replaced_by, strict=True):
-            if author != aggregate_id:
-                new.replaces.append(replace)
-                new.replaced_by.append(author)
+        old = self._writes
+        new = DocumentWrites(old.inserts.without(aggregate_id), old.replaces.without(aggregate_id))
         new.deletes = [key for key in old.deletes if key != aggregate_id]
         new.marks = {key: mark for key, mark in old.marks.items() if key != aggregate_id}
         aggregates = {key: mark for key, mark in self._aggregates.items() if key != aggregate_id}
@@ -159,7 +150,7 @@ class OwnedFolder(Folder):
     def fold(self, events: Sequence[Event], aside: Collection[str]) -> Outcome:
         outcome = Outcome()
         gaps, passed = outcome.gaps, outcome.passed
-        handles, apply = self._projection.handles, self._projection.apply
+        fold_of = self._projection.fold_of
         young, dirty = self._young, self._dirty
         applied = unhandled = duplicate = weight = 0
         for event in events:
@@ -171,9 +162,10 @@ class OwnedFolder(Folder):
             sequence_no = event["sequenceNo"]
             ahead = sequence_no - entry.mark
             if ahead == 1:
-                if handles(event["eventName"]):
+                fold = fold_of(event["eventName"])
+                if fold is not None:
                     try:
-                        entry.state = apply(aggregate_id, entry.state, event)
+                        entry.state = fold(aggregate_id, entry.state, event)
                     except Exception as error:  # noqa: BLE001 - a handler may raise anything: its aggregate is set aside
                         outcome.failures.append(Failure.of(event, "fold", error))
                         passed[aggregate_id] = sequence_no
@@ -216,6 +208,7 @@ class OwnedFolder(Folder):
         failures: list[Failure] = []
         dirty, self._dirty = self._dirty, {}
         events, self._pending, self._pending_bytes = self._pending, 0, 0
+        store = writes.store
         for aggregate_id, entry in dirty.items():
             state = entry.state
             if state is None:
@@ -225,20 +218,13 @@ class OwnedFolder(Folder):
                 writes.marks[aggregate_id] = Int64(entry.mark)
                 continue
             try:
-                # Encoded now, since folding goes on in the same document while this is being written.
-                document = marked(aggregate_id, entry.mark, state)
+                size = store(marked(aggregate_id, entry.mark, state), aggregate_id, stored=entry.stored)
             except Exception as error:  # noqa: BLE001 - an int beyond int64, an unknown type, too large
                 failures.append(unstorable(aggregate_id, error)._replace(sequence_no=entry.mark))
                 continue
-            self._bytes += len(document.raw) - entry.size
-            entry.size = len(document.raw)
-            if entry.stored:
-                writes.replaces.append((aggregate_id, document))
-                writes.replaced_by.append(aggregate_id)
-            else:
-                entry.stored = True
-                writes.inserts.append(document)
-                writes.inserted_by.append(aggregate_id)
+            self._bytes += size - entry.size
+            entry.size = size
+            entry.stored = True
         for failure in failures:
             del dirty[failure.aggregate_id]
             self.discard(failure.aggregate_id)

@@ -162,6 +162,10 @@ class Projection:
         """Whether events of this name change documents."""
         return event_name in self._folds or self._any is not None
 
+    def fold_of(self, event_name: str) -> Fold | None:
+        """The fold of events of this name; None when they change nothing. What `apply` does, for loops in which a call counts."""
+        return self._folds.get(event_name, self._any)
+
     @property
     def event_names(self) -> tuple[str, ...] | None:
         """The event names that are handled; None when all are."""
@@ -192,7 +196,7 @@ class Projection:
         thrown away. Raises FoldError, and whatever a handler in Python raises. An event that is not handled changes
         nothing.
         """
-        fold = self._folds.get(event["eventName"], self._any)
+        fold = self.fold_of(event["eventName"])
         return state if fold is None else fold(key, state, event)
 
 

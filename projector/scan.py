@@ -25,7 +25,6 @@ from projector.owned import OwnedChanges, marked
 from projector.parking import PARKED, Parked
 
 if TYPE_CHECKING:
-    from bson.raw_bson import RawBSONDocument
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
@@ -89,11 +88,10 @@ class _Pending:
         self.bytes = 0
         self.after: str | None = None
 
-    def add(self, document: RawBSONDocument, aggregate_id: str, mark: int) -> None:
-        self.writes.inserts.append(document)
-        self.writes.inserted_by.append(aggregate_id)
+    def add(self, aggregate_id: str, mark: int, state: State) -> None:
+        """A document. Raises what cannot be stored."""
+        self.bytes += self.writes.store(marked(aggregate_id, mark, state), aggregate_id, stored=False)
         self.marks[aggregate_id] = mark
-        self.bytes += len(document.raw)
 
     @property
     def full(self) -> bool:
@@ -164,7 +162,7 @@ class Scanner:
 
     def _fold(self, events: list[dict[str, Any]], folding: _Folding | None) -> _Folding | None:
         """Folds a batch, which may begin and end amid an aggregate; returns the aggregate that it ends with."""
-        apply, handles = self._projection.apply, self._projection.handles
+        fold_of = self._projection.fold_of
         at = folding if folding is not None else _Folding("")
         for event in events:
             aggregate_id = event["aggregateId"]
@@ -178,9 +176,10 @@ class Scanner:
             if sequence_no != at.mark + 1:
                 self._fail(at, _gap(aggregate_id, at.mark + 1, sequence_no))
                 continue
-            if handles(event["eventName"]):
+            fold = fold_of(event["eventName"])
+            if fold is not None:
                 try:
-                    at.state = apply(aggregate_id, at.state, event)
+                    at.state = fold(aggregate_id, at.state, event)
                 except Exception as error:  # noqa: BLE001 - a handler may raise anything: its aggregate is set aside
                     self._fail(at, Failure.of(event, "fold", error))
                     continue
@@ -207,7 +206,7 @@ class Scanner:
                 pending.writes.marks[aggregate_id] = pending.marks[aggregate_id] = Int64(folding.mark)
             else:
                 try:
-                    pending.add(marked(aggregate_id, folding.mark, folding.state), aggregate_id, folding.mark)
+                    pending.add(aggregate_id, folding.mark, folding.state)
                 except Exception as error:  # noqa: BLE001 - whatever cannot be BSON
                     self._fail(folding, unstorable(aggregate_id, error)._replace(sequence_no=folding.mark))
         pending.after = aggregate_id

@@ -21,7 +21,6 @@ from projector.changes import (
     Folder,
     Outcome,
     Sizes,
-    encode_document,
     read_documents,
     unstorable,
     write_documents,
@@ -122,15 +121,9 @@ def _add(writes: DocumentWrites, key: Any, state: State | None, event: Event, *,
             writes.deletes.append(key)
         return
     try:
-        document = encode_document({"_id": key} | state | {"_id": key})
+        writes.store({"_id": key} | state | {"_id": key}, event["aggregateId"], stored=stored)
     except Exception as error:
         raise EventFailedError(unstorable(event["aggregateId"], error)) from error
-    if stored:
-        writes.replaces.append((key, document))
-        writes.replaced_by.append(event["aggregateId"])
-    else:
-        writes.inserts.append(document)
-        writes.inserted_by.append(event["aggregateId"])
 
 
 class SharedFolder(Folder):

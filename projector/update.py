@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from projector.handlers import Event, Fold, State
+    from projector.paths import Getter
     from projector.targets import Path
 
 __all__ = ["Update", "compile_update"]
@@ -71,6 +72,8 @@ class _Planned(NamedTuple):
     place: str
     step: _Step | None
     on_insert: bool = False
+    sets: tuple[str, Getter] | None = None
+    """A field of the document itself, when all that the step does is to set it."""
 
 
 _COMBINES: Final[dict[str, operators.Combine]] = {
@@ -111,7 +114,8 @@ def compile_update(update: Update, place: str) -> tuple[Fold, frozenset[Path]]:
             else:
                 combine, argument = _operation(operator, spec, at)
                 references |= argument.references
-                planned.append(_Planned(path, at, _step(path, combine, argument), operator == "$setOnInsert"))
+                sets = (name, argument.get) if combine is operators.replace and len(path) == 1 else None
+                planned.append(_Planned(path, at, _step(path, combine, argument), operator == "$setOnInsert", sets))
     planned.sort(key=lambda entry: targets.order(entry.path))
     for one, other in itertools.pairwise(planned):  # in this order a conflict is between neighbours
         if targets.conflict(one.path, other.path):
@@ -120,8 +124,8 @@ def compile_update(update: Update, place: str) -> tuple[Fold, frozenset[Path]]:
 
 
 def _fold(planned: list[_Planned]) -> Fold:
-    inserting = tuple(entry.step for entry in planned if entry.step)
-    updating = tuple(entry.step for entry in planned if entry.step and not entry.on_insert)
+    inserting = _steps(planned)
+    updating = _steps([entry for entry in planned if not entry.on_insert])
     places = {entry.step: entry.place for entry in planned}
 
     def fold(key: Any, state: State | None, event: Event) -> State | None:
@@ -138,6 +142,28 @@ def _fold(planned: list[_Planned]) -> Fold:
         return state
 
     return fold
+
+
+def _steps(planned: list[_Planned]) -> tuple[_Step, ...]:
+    """The steps in their order. Fields that are simply set one after the other are one step: most of an update are such."""
+    steps: list[_Step] = []
+    for simple, group in itertools.groupby(planned, lambda entry: entry.sets is not None):
+        entries = list(group)
+        if simple and len(entries) > 1:
+            steps.append(_setting(tuple(entry.sets for entry in entries if entry.sets)))
+        else:
+            steps += [entry.step for entry in entries if entry.step]
+    return tuple(steps)
+
+
+def _setting(fields: tuple[tuple[str, Getter], ...]) -> _Step:
+    def set_all(state: State, event: Event) -> None:
+        for name, get in fields:
+            value = get(event)
+            if value is not MISSING:
+                state[name] = value
+
+    return set_all
 
 
 def _step(path: Path, combine: operators.Combine, argument: Expression) -> _Step:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import sys
 import threading
@@ -25,7 +24,7 @@ from pymongo.errors import AutoReconnect
 
 from eventstore.client import connect, open_database
 from eventstore.errors import Meaning, classify
-from projector import tasks
+from projector import collector, tasks
 from projector.aside import StoppedError
 from projector.build import Build
 from projector.checkpoint import FencedError
@@ -44,10 +43,6 @@ STOP_SECONDS: Final = 5.0
 """How long a worker may take to end its transaction; killed amid one, it would hold its documents locked for up to a minute."""
 
 _LAST_WORDS: Final = 4_000
-
-_COLLECT_EVERY: Final = 50_000
-"""Objects that come into being before the collector looks for cycles. At Python's own 700 it looks at every event several
-times, for nothing; at this number a handler that does make cycles holds a few MiB more."""
 
 
 class WorkerError(Exception):
@@ -185,8 +180,7 @@ def _judge(code: int | None, output: bytes, errors: bytes) -> None:
 def main() -> None:
     """A worker's whole life."""
     job = msgspec.convert(next(iter(bson.decode_file_iter(sys.stdin.buffer))), Job, strict=False)
-    gc.freeze()
-    gc.set_threshold(_COLLECT_EVERY, 20, 50)
+    collector.relax()
     words = uvloop.run(_main(job))
     sys.stdout.buffer.write(msgspec.json.encode(words))
     sys.stdout.flush()
