@@ -244,17 +244,30 @@ async def test_an_oversized_change_event_is_read_from_the_log(small: Database) -
     assert await parked(small) == {}
 
 
+def announced(monkeypatch: pytest.MonkeyPatch, method: str) -> asyncio.Event:
+    """Set when a method of the loop is called."""
+    called = asyncio.Event()
+    real = getattr(partition_module._Loop, method)
+
+    async def announcing(self: Any, *rest: Any) -> None:
+        called.set()
+        await real(self, *rest)
+
+    monkeypatch.setattr(partition_module._Loop, method, announcing)
+    return called
+
+
 async def test_a_shutdown_does_not_pass_what_a_write_under_way_then_loses(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The write fails after the partition was asked to stop: its events must not be passed by the last checkpoint."""
     build = await begun(database, ledger())
     writer, here = Writer(database), Here(database)
-    under_way, go_on = asyncio.Event(), asyncio.Event()
+    under_way, draining = asyncio.Event(), announced(monkeypatch, "_drain")
 
     async def fails(*_: Any) -> None:
         under_way.set()
-        await go_on.wait()
+        await draining.wait()
         raise AutoReconnect("the connection was lost")
 
     async with here.runs(build, only(build)) as partition:
@@ -262,10 +275,9 @@ async def test_a_shutdown_does_not_pass_what_a_write_under_way_then_loses(
         await writer.append("a")
         await under_way.wait()
         partition.stop()
-        await writer.append("b")
-        go_on.set()
     monkeypatch.undo()
     async with Here(database).runs(build, only(build)):
+        await writer.append("b")
         await eventually_equal(
             lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
         )
@@ -275,27 +287,29 @@ async def test_an_idle_checkpoint_does_not_pass_what_a_failed_write_lost(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reader waits for the writer to move an idle checkpoint, and the writer fails."""
-    monkeypatch.setattr(partition_module, "IDLE_CHECKPOINT_SECONDS", 0.0)
     build = await begun(database, ledger())
     writer, here = Writer(database), Here(database)
-    real = partition_module._Loop._transaction
-    calls = 0
-
-    async def fails(self: Any, *rest: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 2:
-            raise ConnectionFailure("the connection was lost")
-        await real(self, *rest)
-
-    monkeypatch.setattr(partition_module._Loop, "_transaction", fails)
     async with here.runs(build, only(build)):
-        for _ in range(3):
-            await writer.append("a")
-            await eventually_equal(
-                lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
-            )
-    assert calls >= 6
+        monkeypatch.setattr(partition_module, "IDLE_CHECKPOINT_SECONDS", 0.0)
+        moving = announced(monkeypatch, "_move_checkpoint")
+        real = partition_module._Loop._transaction
+        failed = False
+
+        async def fails_once(self: Any, *rest: Any) -> None:
+            nonlocal failed
+            if not failed:
+                failed = True
+                moving.clear()
+                await moving.wait()
+                raise ConnectionFailure("the connection was lost")
+            await real(self, *rest)
+
+        monkeypatch.setattr(partition_module._Loop, "_transaction", fails_once)
+        await writer.append("a")
+        await eventually_equal(
+            lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
+        )
+        assert failed
 
 
 async def test_the_next_owner_need_not_wait_for_what_a_killed_one_left_open(
@@ -420,15 +434,15 @@ async def test_a_change_of_partitions_amid_a_transaction_loses_nothing(
         pass
     writer = Writer(database)
     several = [f"aggregate-{number}" for number in range(100)]
-    names = [name for slots in (first.slots, second.slots) for name in several if slot_of(name) in slots]
+    names = [name for slots in (second.slots, first.slots) for name in several if slot_of(name) in slots]
     await writer.insert([writer.next(name) for name in names])
     for number, slots in ((0, first.slots), (1, second.slots)):
         begin = Position.load(await stored_position(database, number))
         reader = EventStream(database, begin, slots=slots)
         seen: set[str] = set()
         wanted = {name for name in names if slot_of(name) in slots}
-        # The first one stays amid the transaction, the second one has read it all.
-        while len(seen) < (4 if number == 0 else len(wanted)):
+        # The second one stays amid the transaction, the first one has read it all.
+        while len(seen) < (4 if number == 1 else len(wanted)):
             seen |= {each["aggregateId"] for each in (await reader.next()).events}
         await database[CHECKPOINTS].update_one(
             {"build": build.id, "_id": {"$regex": f"/{number}-of"}}, {"$set": reader.position.dump()}
@@ -436,10 +450,10 @@ async def test_a_change_of_partitions_amid_a_transaction_loses_nothing(
         await reader.close()
     times = {bson.encode({"t": each["clusterTime"]}) async for each in database[CHECKPOINTS].find()}
     assert len(times) == 1, "the server has given the events of a transaction several times"
-    amid = (await stored_position(database, 0))["token"]
+    amid = (await stored_position(database, 1))["token"]
     await ensure_layout(database, build.id, 1)
     assert (await stored_position(database, 0))["token"] == amid
-    # Nothing of it was applied, so what comes is what this position brings: all but what the first one had read.
+    # Nothing of it was applied, so what comes is what this position brings: all but what the second one had read.
     expected = {name: {"_id": name, "applied": [1]} for name in names[4:]}
     async with here.runs(build, only(build)):
         await eventually_equal(lambda: documents(database, build.collection), expected)
