@@ -18,14 +18,14 @@ from projector.changes import Failure
 from projector.parking import PARKED, Parked, parked_id, read_parked
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Collection
     from contextlib import AbstractAsyncContextManager
 
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
     from projector.build import Build
-    from projector.changes import Changes, Folder
+    from projector.changes import Changes, Folder, Outcome
     from projector.checkpoint import PartitionId
     from projector.metrics import Metrics
     from projector.projection import Event
@@ -65,6 +65,12 @@ class Workshop(Protocol):
 
     async def flush(self) -> None:
         """Writes what has been folded."""
+
+    def portions(self, events: list[Event]) -> AsyncIterator[list[Event]]:
+        """A batch in parts that may be folded in one go."""
+
+    def fold(self, events: list[Event], aside: Collection[str]) -> Outcome:
+        """Folds a part of a batch."""
 
     async def make_way(self) -> None:
         """Called after each batch of events: waits while too much is folded and not written."""
@@ -226,10 +232,11 @@ class Aside:
         budget = TURN_EVENTS
         async for events in self._read(marks, budget):
             budget -= len(events)
-            outcome = folder.fold(events, self.records)
-            self._loop.count(healed=outcome.tally.applied, unhandled=outcome.tally.unhandled)
-            for failure in outcome.failures:
-                self.fail(failure)
+            async for portion in self._loop.portions(events):
+                outcome = self._loop.fold(portion, self.records)
+                self._loop.count(healed=outcome.tally.applied, unhandled=outcome.tally.unhandled)
+                for failure in outcome.failures:
+                    self.fail(failure)
             await self._loop.make_way()
         for name in marks:
             if name in self.records:
@@ -339,7 +346,9 @@ class Aside:
         limit = budget if until is None else max(1, min(budget, until - mark))
         read = 0
         async for events in self._read({name: mark}, limit):
-            for event in events:
+            async for event in self._one_by_one(events):
+                if self.records.get(name) is not record:
+                    return None, False, read  # MongoDB refused what was folded of it
                 if until is not None and event["sequenceNo"] > until:
                     self._skip(name, record.skips, until)
                     number = folder.mark(name) + 1
@@ -348,11 +357,16 @@ class Aside:
                 if failure := self._apply(event, record.skips):
                     return failure, False, read
             await self._loop.make_way()
-            if self.records.get(name) is not record:
-                return None, False, read  # MongoDB refused what was folded of it
+        if self.records.get(name) is not record:
+            return None, False, read
         if read < limit:
             self._skip(name, record.skips)
         return None, read < limit, read
+
+    async def _one_by_one(self, events: list[Event]) -> AsyncIterator[Event]:
+        async for portion in self._loop.portions(events):
+            for event in portion:
+                yield event
 
     def _read(self, marks: dict[str, int], limit: int) -> AsyncIterator[list[Event]]:
         return event_log.batches_after(self._loop.log, marks, limit=limit, fields=self.build.projection.fields)
@@ -364,7 +378,7 @@ class Aside:
         self._skip(name, skips, number)
         if number <= folder.mark(name):
             return None
-        outcome = folder.fold([event], ())
+        outcome = self._loop.fold([event], ())
         if outcome.failures:
             return outcome.failures[0]
         if outcome.gaps:

@@ -32,9 +32,9 @@ __all__ = [
     "Failure",
     "Folder",
     "Outcome",
-    "Sizes",
     "StaleMarksError",
     "Tally",
+    "Typical",
     "read_documents",
     "unstorable",
     "write_documents",
@@ -48,6 +48,15 @@ PORTION_BYTES: Final = 16 * 2**20
 
 FIRST_GUESS_BYTES: Final = 16 * 2**10
 """A typical document, before one was seen. Too much costs a few small portions; too little, the memory of the pod."""
+
+PENDING_EVENTS: Final = 10_000
+"""Folded events that may wait for the writer. Two batches: one more than it needs to never wait for the reader."""
+
+SLICE_SECONDS: Final = 0.05
+"""How long a fold may hold up everything else in the process. Slow handlers get it again and again, each time after the others."""
+
+FIRST_GUESS_SECONDS: Final = 1e-4
+"""A typical fold, before one was seen: slow for a declared one, by which only the first batch of a partition is cut up."""
 
 COMMAND_BYTES: Final = 12 * 2**20
 """Documents of one command: below the 16 MiB that MongoDB allows for it, with room for keys and session."""
@@ -195,23 +204,41 @@ class Changes(abc.ABC):
         """The same without one aggregate."""
 
 
-class Sizes:
-    """The size of a typical document, learned from those that were read."""
+class Typical:
+    """What a document and a fold cost, learned from those before: larger and slower ones count at once, others little by little."""
 
     def __init__(self) -> None:
-        self.typical = FIRST_GUESS_BYTES
+        self.bytes = FIRST_GUESS_BYTES
+        self.fold_seconds = FIRST_GUESS_SECONDS
+        """Of what `Folder.fold` does with an event."""
+        self.write_seconds = FIRST_GUESS_SECONDS
+        """Of what is folded only within the transaction."""
 
-    def learn(self, documents: int, size: int) -> None:
-        """Some documents had this size together. Larger ones count at once, smaller ones little by little."""
+    def learn_bytes(self, documents: int, size: int) -> None:
+        """Some documents had this size together."""
         if documents:
             seen = max(1, size // documents)
-            self.typical = seen if seen > self.typical else (7 * self.typical + seen) // 8
+            self.bytes = seen if seen > self.bytes else (7 * self.bytes + seen) // 8
+
+    def learn_fold(self, events: int, seconds: float) -> None:
+        """Some events took this long together."""
+        if events:
+            self.fold_seconds = _learned(self.fold_seconds, seconds / events)
+
+    def learn_write(self, folds: int, seconds: float) -> None:
+        """Some folds took this long together."""
+        if folds:
+            self.write_seconds = _learned(self.write_seconds, seconds / folds)
+
+
+def _learned(known: float, seen: float) -> float:
+    return seen if seen > known else max(1e-7, (7 * known + seen) / 8)
 
 
 class Folder(abc.ABC):
     """Order check and fold of one partition's events, in memory."""
 
-    sizes: Sizes
+    typical: Typical
 
     @abc.abstractmethod
     async def load(self, aggregate_ids: set[str]) -> None:
@@ -244,9 +271,15 @@ class Folder(abc.ABC):
         """About how large the documents are that wait to be taken."""
 
     @property
+    @abc.abstractmethod
+    def limit(self) -> int:
+        """How many changes may wait."""
+
+    @property
     def portion(self) -> int:
-        """How many events may be folded before their changes are looked at: fewer, the larger the documents are."""
-        return max(1, PORTION_BYTES // self.sizes.typical)
+        """How many events may be folded in one go: fewer, the larger the documents are and the longer a fold takes."""
+        by_time = int(SLICE_SECONDS / self.typical.fold_seconds)
+        return max(1, min(PORTION_BYTES // self.typical.bytes, by_time, self.limit))
 
     @abc.abstractmethod
     def take(self) -> tuple[Changes, list[Failure]]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Final
 from bson.int64 import Int64
 
 from projector.changes import (
+    PENDING_EVENTS,
     Changes,
     DocumentWrites,
     Failure,
     Folder,
     Outcome,
-    Sizes,
+    Typical,
     read_documents,
     unstorable,
     write_documents,
@@ -103,11 +104,15 @@ class OwnedFolder(Folder):
         self._bytes = 0
         self._pending = 0
         self._pending_bytes = 0
-        self.sizes = Sizes()
+        self.typical = Typical()
 
     @property
     def pending(self) -> int:
         return self._pending
+
+    @property
+    def limit(self) -> int:
+        return PENDING_EVENTS
 
     @property
     def pending_bytes(self) -> int:
@@ -130,7 +135,7 @@ class OwnedFolder(Folder):
                 total += size
             count += len(documents)
         self._bytes += total
-        self.sizes.learn(count, total)
+        self.typical.learn_bytes(count, total)
         if count == len(wanted):
             return
         absent = [aggregate_id for aggregate_id in wanted if aggregate_id not in young]

@@ -34,7 +34,7 @@ from projector.shared import SharedFolder
 from projector.stream import EventStream, PositionLostError, position_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Collection, Mapping
 
     from pydantic import SecretStr
     from pymongo.asynchronous.client_session import AsyncClientSession
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from eventstore.client import Database
     from projector.aside import ParkedWrites
     from projector.build import Build
-    from projector.changes import Failure, Folder
+    from projector.changes import Failure, Folder, Outcome
     from projector.metrics import Metrics
     from projector.parking import Parked
     from projector.position import Position
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
     from projector.stream import Batch
 
 __all__ = ["OwnSource", "Partition", "Progress", "Source", "Surroundings"]
-
-PENDING_EVENTS: Final = 10_000
-"""Folded events that may wait for the writer. Two batches: one more than it needs to never wait for the reader."""
 
 PENDING_BYTES: Final = 32 * 2**20
 """Documents that may wait for the writer, as they were when they were read: what is written together is in memory twice."""
@@ -385,8 +382,11 @@ class _Loop:
     async def make_way(self) -> None:
         """Called after each batch of events, from the stream or the log: waits while too much is folded and not written."""
         self._batches = self._batches + 1 if self.folder.pending else 0
+        await self._wait_for_room()
+
+    async def _wait_for_room(self) -> None:
         while (
-            self.folder.pending >= PENDING_EVENTS
+            self.folder.pending >= self.folder.limit
             or self.folder.pending_bytes >= PENDING_BYTES
             or self._batches >= PENDING_BATCHES
         ):
@@ -397,19 +397,33 @@ class _Loop:
             self._wake.set()
             await self._room.wait()
 
-    async def _fold(self, events: list[dict[str, Any]], *, light: bool) -> None:
+    async def portions(self, events: list[dict[str, Any]]) -> AsyncIterator[list[dict[str, Any]]]:
+        """A batch in parts that may be folded in one go; in between others in the process get their turn."""
         start = 0
         while start < len(events):
             end = start + self.folder.portion
-            await self._fold_portion(events[start:end] if start or end < len(events) else events, light=light)
+            yield events[start:end]
             start = end
+            await asyncio.sleep(0)
             if start < len(events):
-                await self.make_way()
+                await self._wait_for_room()
+
+    def fold(self, events: list[dict[str, Any]], aside: Collection[str]) -> Outcome:
+        """Folds a part of a batch, and learns how long that takes."""
+        began = time.perf_counter()
+        outcome = self.folder.fold(events, aside)
+        took = time.perf_counter() - began
+        self.folder.typical.learn_fold(len(events), took)
+        self.metrics.fold_seconds.labels(self.name).observe(took)
+        return outcome
+
+    async def _fold(self, events: list[dict[str, Any]], *, light: bool) -> None:
+        async for portion in self.portions(events):
+            await self._fold_portion(portion, light=light)
 
     async def _fold_portion(self, events: list[dict[str, Any]], *, light: bool) -> None:
         # Not those that are aside: what is known of them must stay what their own turns have read.
         await self.folder.load({event["aggregateId"] for event in events}.difference(self.aside.records))
-        started = time.perf_counter()
         if light:  # the events came without payload: whatever is new of them must be read from the log
             gaps = {
                 e["aggregateId"]: int(e["sequenceNo"]) for e in events if e["aggregateId"] not in self.aside.records
@@ -417,13 +431,12 @@ class _Loop:
             gaps = {name: last for name, last in gaps.items() if last > self.folder.mark(name)}
             failures: list[Failure] = []
         else:
-            outcome = self.folder.fold(events, self.aside.records)
+            outcome = self.fold(events, self.aside.records)
             self.aside.passed(outcome.passed)
             gaps, failures, tally = outcome.gaps, outcome.failures, outcome.tally
             self.count(applied=tally.applied, unhandled=tally.unhandled, aside=tally.aside, duplicate=tally.duplicate)
             if tally.duplicate:
                 self.metrics.duplicates.labels(self.name).inc(tally.duplicate)
-        self.metrics.fold_seconds.labels(self.name).observe(time.perf_counter() - started)
         for failure in failures:
             self.aside.fail(failure)
         if gaps:

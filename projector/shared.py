@@ -7,6 +7,8 @@ a collection of their own, keyed by the aggregate; only this partition writes th
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import bson
@@ -14,13 +16,15 @@ from bson.int64 import Int64
 
 from projector.changes import (
     FIRST_GUESS_BYTES,
+    PENDING_EVENTS,
+    SLICE_SECONDS,
     Changes,
     DocumentWrites,
     EventFailedError,
     Failure,
     Folder,
     Outcome,
-    Sizes,
+    Typical,
     read_documents,
     unstorable,
     write_documents,
@@ -40,6 +44,10 @@ __all__ = ["SharedFolder"]
 
 CACHED_MARKS: Final = 100_000
 
+TRANSACTION_SECONDS: Final = 5.0
+"""How long the folds of one transaction may take together: far from the minute after which MongoDB ends it, and long enough for
+its fixed costs not to matter."""
+
 MOST_KEYS: Final = 1_000
 """Documents that one event may go to: all of them are read and written by one transaction."""
 
@@ -58,13 +66,13 @@ class _SharedChanges(Changes):
         build: Build,
         accepted: list[_Accepted],
         marks: dict[str, tuple[int, int]],
-        sizes: Sizes,
+        typical: Typical,
     ) -> None:
         self._database = database
         self._build = build
         self._accepted = accepted
         self._marks = marks  # as they are in MongoDB, and as they are to be
-        self._sizes = sizes
+        self._typical = typical
         self.events = len(accepted)
 
     @property
@@ -74,15 +82,7 @@ class _SharedChanges(Changes):
     async def write(self, session: AsyncClientSession) -> None:
         states = await self._read(session)
         stored = set(states)
-        last: dict[Any, Event] = {}
-        apply = self._build.projection.apply
-        for event, event_keys in self._accepted:
-            for key in event_keys:
-                try:
-                    states[key] = apply(key, states.get(key), event)
-                except Exception as error:
-                    raise EventFailedError(Failure.of(event, "fold", error)) from error
-                last[key] = event
+        last = await self._fold(states)
         writes = DocumentWrites(
             marks={aggregate_id: Int64(mark) for aggregate_id, (_, mark) in self._marks.items()},
             marks_before={aggregate_id: before for aggregate_id, (before, _) in self._marks.items()},
@@ -91,6 +91,26 @@ class _SharedChanges(Changes):
             _add(writes, key, states[key], event, stored=key in stored)
         await write_documents(self._database, self._build.collection, self._build.marks, writes, session)
 
+    async def _fold(self, states: dict[Any, State | None]) -> dict[Any, Event]:
+        """Folds the events in the documents; returns the last event that went into each."""
+        last: dict[Any, Event] = {}
+        apply = self._build.projection.apply
+        folds = 0
+        began = paused = time.perf_counter()
+        for event, event_keys in self._accepted:
+            for key in event_keys:
+                try:
+                    states[key] = apply(key, states.get(key), event)
+                except Exception as error:
+                    raise EventFailedError(Failure.of(event, "fold", error)) from error
+                last[key] = event
+            folds += len(event_keys)
+            if time.perf_counter() - paused > SLICE_SECONDS:
+                await asyncio.sleep(0)
+                paused = time.perf_counter()
+        self._typical.learn_write(folds, time.perf_counter() - began)
+        return last
+
     async def _read(self, session: AsyncClientSession) -> dict[Any, State | None]:
         """The documents that the events go to, as they are in this transaction."""
         keys = list({key for accepted in self._accepted for key in accepted.keys})
@@ -98,7 +118,7 @@ class _SharedChanges(Changes):
         try:
             async for documents in read_documents(self._database, self._build.collection, keys, session):
                 states.update({document["_id"]: document for document, _ in documents})
-                self._sizes.learn(len(documents), sum(size for _, size in documents))
+                self._typical.learn_bytes(len(documents), sum(size for _, size in documents))
         except Exception:
             for event, event_keys in self._accepted:
                 try:
@@ -111,7 +131,7 @@ class _SharedChanges(Changes):
     def without(self, aggregate_id: str) -> Changes:
         accepted = [item for item in self._accepted if item.event["aggregateId"] != aggregate_id]
         marks = {aggregate: mark for aggregate, mark in self._marks.items() if aggregate != aggregate_id}
-        return _SharedChanges(self._database, self._build, accepted, marks, self._sizes)
+        return _SharedChanges(self._database, self._build, accepted, marks, self._typical)
 
 
 def _add(writes: DocumentWrites, key: Any, state: State | None, event: Event, *, stored: bool) -> None:
@@ -139,7 +159,7 @@ class SharedFolder(Folder):
         self._in_flight: Collection[str] = ()
         self._accepted: list[_Accepted] = []
         self._pending = 0
-        self.sizes = Sizes()
+        self.typical = Typical()
 
     @property
     def pending(self) -> int:
@@ -147,7 +167,12 @@ class SharedFolder(Folder):
 
     @property
     def pending_bytes(self) -> int:
-        return self._pending * self.sizes.typical if self.sizes.typical > FIRST_GUESS_BYTES else 0
+        return self._pending * self.typical.bytes if self.typical.bytes > FIRST_GUESS_BYTES else 0
+
+    @property
+    def limit(self) -> int:
+        # They are folded within the transaction, whose time is limited.
+        return max(1, min(PENDING_EVENTS, int(TRANSACTION_SECONDS / self.typical.write_seconds)))
 
     async def load(self, aggregate_ids: set[str]) -> None:
         wanted = list(aggregate_ids.difference(self._marks))
@@ -227,4 +252,4 @@ class SharedFolder(Folder):
         self._in_flight = dirty.keys()
         marks = {aggregate_id: (self._stored[aggregate_id], mark) for aggregate_id, mark in dirty.items()}
         self._stored.update(dirty)
-        return _SharedChanges(self._database, self._build, accepted, marks, self.sizes), []
+        return _SharedChanges(self._database, self._build, accepted, marks, self.typical), []

@@ -55,10 +55,10 @@ TINY: dict[Any, dict[str, Any]] = {
     stream: {"BATCH_EVENTS": 3},
     repair: {"BATCH_EVENTS": 3, "GROUP": 2},
     partition: {
-        "PENDING_EVENTS": 4, "PENDING_BATCHES": 2, "TICK_SECONDS": 0.05, "IDLE_CHECKPOINT_SECONDS": 0.1, "COMMAND_SECONDS": 0.1,
+        "PENDING_BATCHES": 2, "TICK_SECONDS": 0.05, "IDLE_CHECKPOINT_SECONDS": 0.1, "COMMAND_SECONDS": 0.1,
     },
-    owned: {"CACHED_AGGREGATES": 2},
-    shared: {"CACHED_MARKS": 2},
+    owned: {"CACHED_AGGREGATES": 2, "PENDING_EVENTS": 4},
+    shared: {"CACHED_MARKS": 2, "PENDING_EVENTS": 4},
     aside: {"TURN_EVENTS": 2, "TURNS": 2, "GROUP": 2},
     parking: {"_FIRST_PAUSE_SECONDS": 0.005, "_LONGEST_PAUSE_SECONDS": 0.02},
 }  # fmt: skip
