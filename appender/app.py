@@ -89,8 +89,7 @@ async def open_app(
         try:
             yield app, committer
         finally:
-            opening.cancel()
-            await asyncio.gather(opening, return_exceptions=True)
+            await _end(opening)
             await committer.close()
 
 
@@ -199,6 +198,13 @@ async def _open(database: Database, committer: Committer, *, provision: bool) ->
     committer.open()
     if waiting:
         _log.info("event_store_ready")
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancels a task until it ends: a cancellation that comes while the driver connects may be lost in its own errors."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.5)
 
 
 async def _prepare(database: Database, *, provision: bool) -> None:

@@ -44,9 +44,13 @@ __all__ = ["BATCHES_IN_FLIGHT", "Committer"]
 
 _log = structlog.get_logger(__name__)
 
-BATCHES_IN_FLIGHT: Final = 4
-"""One would idle while the disk flushes, and stall when another process keeps it busy; each more makes batches smaller,
-which costs processor time in both processes."""
+BATCHES_FREELY: Final = 2
+WORTHWHILE_EVENTS: Final = 64
+PATIENCE_SECONDS: Final = 0.005
+BATCHES_IN_FLIGHT: Final = 8
+"""Two batches may always be in flight: one is being filled while the other is written. A third and more only when so many
+events wait, or when the last was taken so long ago that the disk or a lock must hold the others up. A batch costs the
+appender 200 µs and mongod as much, whatever is in it: many small ones cost more than waiting a little does."""
 
 PAUSE_SECONDS: Final = 0.004
 MAX_PAUSE_SECONDS: Final = 0.5
@@ -84,6 +88,9 @@ class Committer:
         self._lanes = Lanes(self._heads.contended)
         self._loop = asyncio.get_running_loop()
         self._pumping = False
+        self._started = 0.0
+        self._taken = 0
+        self._patience: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._endings: set[asyncio.Task[None]] = set()
         self._scopes: dict[asyncio.Timeout, float] = {}
@@ -224,10 +231,32 @@ class Committer:
 
     def _pump(self) -> None:
         self._pumping = False
-        while len(self._tasks) < self._limit and (batch := self._lanes.take()) is not None:
+        while self._lanes.ready and self._may_start() and (batch := self._lanes.take()) is not None:
+            self._started = self._loop.time()
+            self._taken += batch.events
             task = self._loop.create_task(self._run(batch))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
+
+    def _may_start(self) -> bool:
+        """Whether another batch may be taken beside those in flight."""
+        in_flight = len(self._tasks)
+        if in_flight < BATCHES_FREELY:
+            return True
+        if in_flight >= self._limit:
+            return False
+        if self._lanes.events - self._taken >= WORTHWHILE_EVENTS:
+            return True
+        patient = self._started + PATIENCE_SECONDS - self._loop.time()
+        if patient <= 0:
+            return True
+        if self._patience is None:
+            self._patience = self._loop.call_later(patient, self._lose_patience)
+        return False
+
+    def _lose_patience(self) -> None:
+        self._patience = None
+        self._pump()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -253,6 +282,7 @@ class Committer:
                     attempt.fail_all(Outcome.UNKNOWN)
                 attempt.failed.update(lane.aggregate_id for lane in batch.lanes)
             self._give_back(batch, attempt.failed)
+            self._taken -= batch.events
         self._metrics.batch_events.observe(batch.events)
         self._metrics.batch_seconds.labels(batch.kind.value).observe(time.perf_counter() - started)
 
@@ -312,8 +342,9 @@ class Committer:
                 self._finish(request)
             elif became is not Outcome.NOT_TRIED:
                 request.attempts += 1
-        for reason, count in attempt.reasons().items():
-            self._metrics.retries.labels(reason.value).inc(count)
+        if attempt.failed:
+            for reason, count in attempt.reasons().items():
+                self._metrics.retries.labels(reason.value).inc(count)
         for append in attempt.written():
             self._heads.put(append.aggregate_id, append.first + len(append.events) - 1)
 
