@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
+from pymongo.errors import OperationFailure
 
-from eventstore.client import open_database
+from eventstore.client import connect, open_database
 from eventstore.event import EVENTS
 from eventstore.indexes import provision
 from projector import rebuild, scan, scans, tasks
@@ -171,6 +172,29 @@ async def test_a_scan_of_a_dropped_build_ends_and_leaves_nothing(database: Datab
     left = await database.list_collection_names()
     assert build.collection not in left
     assert await database[SCANS].count_documents({}) == 0
+
+
+async def test_a_scan_goes_on_at_once_where_a_killed_one_left_a_transaction_open(
+    database: Database, mongodb_uri: str
+) -> None:
+    writer = Writer(database)
+    for number in range(20):
+        await writer.append(f"a{number:02d}", "counted")
+    build = await begun(database, ledger())
+    async with connect(SecretStr(mongodb_uri), "projector") as killed:
+        other = open_database(killed, database.name)
+        await scanner(other, build, "killed")
+        claimed = await scans.claim(other, build.id, "killed")
+        assert claimed is not None
+        session = killed.start_session()
+        await session.start_transaction()  # and it is never heard of again
+        await claimed.advance(other, "a03", 4, session)
+        await other[build.collection].insert_one({"_id": "a03", "applied": ["torn"]}, session=session)
+        await (await scanner(database, build, "fresh")).run("fresh")
+        with pytest.raises(OperationFailure):
+            await session.commit_transaction()
+        await session.end_session()
+    assert await documents(database, build.collection) == expected_ledgers(await log_of(database))
 
 
 async def test_what_another_owner_wrote_is_not_written_again(database: Database) -> None:
