@@ -6,8 +6,10 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bson.int64 import Int64
 
 from eventstore import log
+from eventstore.event import EVENTS
 from tests.appending import Api, event, local_appender
 
 if TYPE_CHECKING:
@@ -169,3 +171,24 @@ async def test_one_bad_request_never_fails_its_neighbours(api: Api, database: Da
     assert await numbers(database, "hot") == list(range(1, 11))
     assert await numbers(database, "good0") == [1, 2]
     assert await numbers(database, "id2") == []
+
+
+async def test_a_repeat_amid_others_leaves_no_gap(api: Api, database: Database) -> None:
+    await asyncio.gather(*(api.append("a", event(eventId=f"old{n}")) for n in range(20)))
+    ids = [f"old{n // 2}" if n % 2 else f"new{n // 2}" for n in range(40)]
+    answers = await asyncio.gather(*(api.append("a", event(eventId=each)) for each in ids))
+    assert [status for status, _ in answers] == [201, 200] * 20
+    assert await numbers(database, "a") == list(range(1, 41))
+
+
+async def test_a_foreign_writer_amid_others_leaves_no_gap(api: Api, database: Database) -> None:
+    """The cached head is wrong for some aggregates of a batch, and right for others."""
+    names = [f"a{n}" for n in range(20)]
+    await asyncio.gather(*(api.append(name, event()) for name in names))
+    for name in names[::3]:
+        (first,) = await log.history(database, name)
+        await database[EVENTS].insert_one(dict(first) | {"_id": f"foreign-{name}", "sequenceNo": Int64(2)})
+    answers = await asyncio.gather(*(api.append(name, event()) for name in names * 3))
+    assert {status for status, _ in answers} == {201}
+    for index, name in enumerate(names):
+        assert await numbers(database, name) == list(range(1, 6 if index % 3 == 0 else 5))
