@@ -9,7 +9,7 @@ CLUSTER_HOME ?= $(HOME)/.cache/cluster
 EXTRAS := operator tracing image embedded docs dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults lint format lock chart dashboards docs e2e bench clean
+.PHONY: help install demo test faults lint format lock chart dashboards pictures docs e2e bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ chart: install ## the chart's schema and README from its values.yaml
 
 dashboards: install ## write the chart's Grafana dashboards anew from deploy/observability
 	$(BIN)/python -m deploy.observability.dashboards
+
+pictures: install ## draw the dashboards anew from a run of faults against a real Prometheus
+	PICTURES=docs/images $(BIN)/pytest -m faults tests/acceptance/test_observability.py
 
 docs: install ## write the generated pages anew and build the site, strictly, into site/
 	$(BIN)/python -m deploy.observability.pages

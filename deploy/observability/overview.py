@@ -112,7 +112,7 @@ OVERVIEW: Final = board(
                 "State of the projections",
                 "The worst state of each over its replicas.",
                 STATES,
-                {"{{projection}}": state_query(SELECTOR)},
+                {"{{namespace}}/{{projection}}": state_query(SELECTOR)},
                 span=12,
             ),
             lines(
@@ -121,7 +121,8 @@ OVERVIEW: Final = board(
                 "eps",
                 {
                     "appended": f"sum(rate(appender_events_appended_total{{{SELECTOR}}}{RATE}))",
-                    "{{projection}}": f"sum by (projection) (rate(projector_events_processed_total{{{SELECTOR}}}{RATE}))",
+                    "{{namespace}}/{{projection}}": "sum by (namespace, projection) ("
+                    f"rate(projector_events_processed_total{{{SELECTOR}}}{RATE}))",
                 },
             ),
             lines(

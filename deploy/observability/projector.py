@@ -47,11 +47,11 @@ def state_query(selector: str) -> str:
 
 
 def _quantile(share: float, metric: str) -> str:
-    return f"histogram_quantile({share}, sum by (le, projection) (rate({metric}_bucket{{{_P}}}{RATE})))"
+    return f"histogram_quantile({share}, sum by (le, namespace, projection) (rate({metric}_bucket{{{_P}}}{RATE})))"
 
 
 def _by_projection(metric: str) -> str:
-    return f"sum by (projection) (rate({metric}{{{_P}}}{RATE}))"
+    return f"sum by (namespace, projection) (rate({metric}{{{_P}}}{RATE}))"
 
 
 PROJECTOR: Final = board(
@@ -65,14 +65,14 @@ PROJECTOR: Final = board(
                 "State",
                 "The worst state of each projection over its replicas.",
                 STATES,
-                {"{{projection}}": state_query(_P)},
+                {"{{namespace}}/{{projection}}": state_query(_P)},
                 span=12,
             ),
             bars(
                 "Lag now",
                 "How far each projection is behind the log; 0: everything is applied.",
                 "s",
-                {"{{projection}}": f"max by (projection) (projector_lag_seconds{{{_P}}})"},
+                {"{{namespace}}/{{projection}}": f"max by (namespace, projection) (projector_lag_seconds{{{_P}}})"},
                 span=6,
             ),
             lines(
@@ -121,7 +121,7 @@ PROJECTOR: Final = board(
                 " is set aside; healed: read again from the log.",
                 "eps",
                 {
-                    "{{projection}} {{outcome}}": "sum by (projection, outcome) ("
+                    "{{namespace}}/{{projection}} {{outcome}}": "sum by (namespace, projection, outcome) ("
                     f"rate(projector_events_processed_total{{{_P}}}{RATE}))"
                 },
             ),
@@ -129,22 +129,22 @@ PROJECTOR: Final = board(
                 "Lag",
                 "How far each projection is behind the log.",
                 "s",
-                {"{{projection}}": f"namespace_projection:projector_lag_seconds:max{{{_RECORDED}}}"},
+                {"{{namespace}}/{{projection}}": f"namespace_projection:projector_lag_seconds:max{{{_RECORDED}}}"},
                 limits=thresholds((None, "transparent"), (60, "red")),
             ),
             lines(
                 "Backlog",
                 "Estimate of the events not yet applied.",
                 "short",
-                {"{{projection}}": f"max by (projection) (projector_backlog_events{{{_P}}})"},
+                {"{{namespace}}/{{projection}}": f"max by (namespace, projection) (projector_backlog_events{{{_P}}})"},
             ),
             lines(
                 "Delay",
                 "From the commit of an event to the commit of its read model: the newest event of each batch.",
                 "s",
                 {
-                    "{{projection}} 50 %": _quantile(0.5, "projector_event_delay_seconds"),
-                    "{{projection}} 99 %": _quantile(0.99, "projector_event_delay_seconds"),
+                    "{{namespace}}/{{projection}} 50 %": _quantile(0.5, "projector_event_delay_seconds"),
+                    "{{namespace}}/{{projection}} 99 %": _quantile(0.99, "projector_event_delay_seconds"),
                 },
             ),
             map_of(
@@ -157,7 +157,10 @@ PROJECTOR: Final = board(
                 "Age of the last event applied",
                 "Grows when no events come; it is no lag.",
                 "s",
-                {"{{projection}}": f"time() - max by (projection) (projector_last_applied_timestamp_seconds{{{_P}}})"},
+                {
+                    "{{namespace}}/{{projection}}": "time() - max by (namespace, projection) ("
+                    f"projector_last_applied_timestamp_seconds{{{_P}}})"
+                },
             ),
         ],
         "Work": [
@@ -166,8 +169,8 @@ PROJECTOR: Final = board(
                 "Order check and fold of a batch.",
                 "s",
                 {
-                    "{{projection}} 50 %": _quantile(0.5, "projector_handler_duration_seconds"),
-                    "{{projection}} 99 %": _quantile(0.99, "projector_handler_duration_seconds"),
+                    "{{namespace}}/{{projection}} 50 %": _quantile(0.5, "projector_handler_duration_seconds"),
+                    "{{namespace}}/{{projection}} 99 %": _quantile(0.99, "projector_handler_duration_seconds"),
                 },
             ),
             lines(
@@ -175,8 +178,8 @@ PROJECTOR: Final = board(
                 "The transaction of a batch: documents, marks and checkpoint.",
                 "s",
                 {
-                    "{{projection}} 50 %": _quantile(0.5, "projector_write_duration_seconds"),
-                    "{{projection}} 99 %": _quantile(0.99, "projector_write_duration_seconds"),
+                    "{{namespace}}/{{projection}} 50 %": _quantile(0.5, "projector_write_duration_seconds"),
+                    "{{namespace}}/{{projection}} 99 %": _quantile(0.99, "projector_write_duration_seconds"),
                 },
             ),
             lines(
@@ -184,7 +187,7 @@ PROJECTOR: Final = board(
                 "Mean. Grows by itself with the load.",
                 "short",
                 {
-                    "{{projection}}": f"{_by_projection('projector_write_batch_events_sum')}"
+                    "{{namespace}}/{{projection}}": f"{_by_projection('projector_write_batch_events_sum')}"
                     f" / {_by_projection('projector_write_batch_events_count')}"
                 },
             ),
@@ -192,15 +195,15 @@ PROJECTOR: Final = board(
                 "Write conflicts",
                 "Transactions per second that ran again, since another partition wrote the same document.",
                 "ops",
-                {"{{projection}}": _by_projection("projector_write_conflicts_total")},
+                {"{{namespace}}/{{projection}}": _by_projection("projector_write_conflicts_total")},
             ),
             lines(
                 "Duplicates and gaps",
                 "Events skipped by their mark, and gaps found in an aggregate's sequence, per second.",
                 "eps",
                 {
-                    "{{projection}} duplicates": _by_projection("projector_duplicates_skipped_total"),
-                    "{{projection}} gaps": _by_projection("projector_gaps_total"),
+                    "{{namespace}}/{{projection}} duplicates": _by_projection("projector_duplicates_skipped_total"),
+                    "{{namespace}}/{{projection}} gaps": _by_projection("projector_gaps_total"),
                 },
             ),
         ],
@@ -210,7 +213,8 @@ PROJECTOR: Final = board(
                 "Age of the oldest checkpoint's token, and of the oldest entry of the oplog. They must not meet.",
                 "s",
                 {
-                    "{{projection}} token": f"max by (projection) (projector_resume_token_age_seconds{{{_P}}})",
+                    "{{namespace}}/{{projection}} token": "max by (namespace, projection) ("
+                    f"projector_resume_token_age_seconds{{{_P}}})",
                     "{{namespace}} oplog": f"min by (namespace) (projector_oplog_window_seconds{{{SELECTOR}}})",
                 },
             ),
@@ -219,7 +223,7 @@ PROJECTOR: Final = board(
                 "Fresh starts of partitions from their checkpoints.",
                 "short",
                 {
-                    "{{projection}} {{reason}}": "sum by (projection, reason) ("
+                    "{{namespace}}/{{projection}} {{reason}}": "sum by (namespace, projection, reason) ("
                     f"increase(projector_stream_restarts_total{{{_P}}}{RATE}))"
                 },
             ),
@@ -227,7 +231,7 @@ PROJECTOR: Final = board(
                 "Repaired",
                 "Events per second read again from the log after a lost position.",
                 "eps",
-                {"{{projection}}": _by_projection("projector_repaired_events_total")},
+                {"{{namespace}}/{{projection}}": _by_projection("projector_repaired_events_total")},
             ),
         ],
         "Parked aggregates": [
@@ -235,20 +239,26 @@ PROJECTOR: Final = board(
                 "Set aside",
                 "Aggregates that are tried again (retrying), and those that wait for a person (parked).",
                 "short",
-                {"{{projection}} {{state}}": f"sum by (projection, state) (projector_parked_aggregates{{{_P}}})"},
+                {
+                    "{{namespace}}/{{projection}} {{state}}": "sum by (namespace, projection, state) ("
+                    f"projector_parked_aggregates{{{_P}}})"
+                },
             ),
             lines(
                 "Parked anew",
                 "Aggregates whose tries were used up.",
                 "short",
-                {"{{projection}}": f"sum by (projection) (increase(projector_dead_letters_total{{{_P}}}{RATE}))"},
+                {
+                    "{{namespace}}/{{projection}}": "sum by (namespace, projection) ("
+                    f"increase(projector_dead_letters_total{{{_P}}}{RATE}))"
+                },
             ),
             lines(
                 "Oldest set aside",
                 "Since when the oldest is aside; 0: none.",
                 "s",
                 {
-                    "{{projection}}": "max by (projection) ("
+                    "{{namespace}}/{{projection}}": "max by (namespace, projection) ("
                     f"(time() - projector_parked_oldest_timestamp_seconds{{{_P}}})"
                     f" * (projector_parked_oldest_timestamp_seconds{{{_P}}} > bool 0))"
                 },
@@ -259,7 +269,9 @@ PROJECTOR: Final = board(
                 "Progress",
                 "How much of a rebuild's scan is done.",
                 "percentunit",
-                {"{{projection}}": f"max by (projection) (projector_rebuild_progress_ratio{{{_P}}})"},
+                {
+                    "{{namespace}}/{{projection}}": f"max by (namespace, projection) (projector_rebuild_progress_ratio{{{_P}}})"
+                },
                 span=12,
                 most=1,
             ),
@@ -267,7 +279,7 @@ PROJECTOR: Final = board(
                 "Events folded",
                 "By rebuilds, per second.",
                 "eps",
-                {"{{projection}}": _by_projection("projector_rebuild_events_total")},
+                {"{{namespace}}/{{projection}}": _by_projection("projector_rebuild_events_total")},
                 span=12,
             ),
         ],
