@@ -144,7 +144,8 @@ class World:
 
     async def fail(self, point: str, mode: str = "alwaysOn", **data: Any) -> None:
         """Turns a fault of mongod on or off."""
-        await self.client.admin.command("configureFailPoint", point, mode=mode, **({"data": data} if data else {}))
+        command: dict[str, Any] = {"configureFailPoint": point, "mode": mode}
+        await self.client.admin.command(command | ({"data": data} if data else {}))
 
 
 def _certificate(folder: Path) -> tuple[Path, Path]:
