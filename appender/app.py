@@ -11,6 +11,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
+import pymongo
 import stamina
 import structlog
 from aiohttp import web
@@ -220,7 +221,7 @@ async def _not_ready(database: Database, committer: Committer) -> str | None:
     if committer.full:
         return "the queue is full"
     try:
-        async with asyncio.timeout(PING_SECONDS):
+        with pymongo.timeout(PING_SECONDS):
             await database.command("ping")
     except (PyMongoError, TimeoutError) as error:
         return f"MongoDB does not answer: {error or 'no answer in time'}"

@@ -57,6 +57,10 @@ MAX_PAUSE_SECONDS: Final = 0.5
 """Pauses before a repeated attempt: random up to 4 ms doubled each time, at most half a second. Short ones cost vain
 attempts while MongoDB is away (bounded by the batches in flight), long ones cost latency after it is back."""
 
+GRACE_SECONDS: Final = 2.0
+"""How long after its deadline a request that may be written waits for a last look at the log: "unknown" costs the caller a
+repeat, and is said only when MongoDB does not answer."""
+
 SWEEP_SECONDS: Final = 0.25
 """How late a request may hear that its deadline is over."""
 
@@ -220,7 +224,7 @@ class Committer:
     def _expire(self) -> None:
         self._sweep = None
         if self._lanes.requests:
-            self._lanes.expire(time.monotonic(), OPERATION_SECONDS, too_late)
+            self._lanes.expire(time.monotonic(), GRACE_SECONDS, too_late)
             self._wake()
             if self._scopes and self._loop.time() - min(self._scopes.values()) > IDLE_SECONDS:
                 self._suspect_orphans()
@@ -349,6 +353,8 @@ class Committer:
             self._heads.put(append.aggregate_id, append.first + len(append.events) - 1)
 
     def _finish(self, request: Request) -> None:
+        if request.finished:  # its deadline passed while the batch had it
+            return
         problem = request.problem
         if problem is None:
             if request.replayed and not request.uncertain:

@@ -275,17 +275,18 @@ class Lanes:
                 del self._lanes[lane.aggregate_id]
 
     def expire(self, now: float, grace: float, problem: Callable[[Request], Problem]) -> None:
-        """Finishes what waits beyond its deadline and is in no batch; what may be written gets `grace` more seconds,
-        for a batch to look it up.
+        """Finishes what waits beyond its deadline. What a batch has, or may be written, gets `grace` more seconds to be
+        heard of or looked up; then its outcome is unknown, whatever becomes of it.
         """
         self._arrived = [request for request in self._arrived if not request.finished]
         for request in self._arrived:
             if request.deadline >= now:
                 break
-            if not request.taken and request.deadline + (grace if request.uncertain else 0.0) < now:
+            request.uncertain = request.uncertain or request.taken
+            if request.deadline + (grace if request.uncertain else 0.0) < now:
                 request.problem = problem(request)
                 self.finish(request)
-                if 0 < request.grants < len(request.appends):
+                if not request.taken and 0 < request.grants < len(request.appends):
                     # It waited for its other lanes: who stands behind it may go on.
                     lanes = [self._lanes[append.aggregate_id] for append in request.appends]
                     self.release([lane for lane in lanes if lane.waiting[0] is request])

@@ -164,6 +164,7 @@ async def bulk(url: str, lines_count: int, aggregates: int) -> Figures:
             yield chunk
 
     answered = appended = 0
+    tail = b""
     started = time.perf_counter()
     headers = {"Content-Type": "application/x-ndjson"}
     async with (
@@ -171,8 +172,9 @@ async def bulk(url: str, lines_count: int, aggregates: int) -> Figures:
         session.post(f"{url}/v1/events", data=body(), headers=headers) as response,
     ):
         async for chunk in response.content.iter_any():
-            answered += chunk.count(b"\n")
-            appended += chunk.count(b'"status":201')
+            lines, _, tail = (tail + chunk).rpartition(b"\n")
+            answered += lines.count(b"\n") + (1 if lines else 0)
+            appended += lines.count(b'"status":201')
     return {"rate": answered / (time.perf_counter() - started), "failed": answered - appended}
 
 

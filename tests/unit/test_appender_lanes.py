@@ -117,6 +117,8 @@ class LanesMachine(RuleBasedStateMachine):
         done = data.draw(st.lists(st.booleans(), min_size=len(batch.requests), max_size=len(batch.requests)))
         failed = set()
         for taken, finished in zip(batch.requests, done, strict=True):
+            if taken.finished:
+                continue  # too late
             if finished:
                 self.lanes.finish(taken)
                 self.waiting.remove(taken)
@@ -135,10 +137,11 @@ class LanesMachine(RuleBasedStateMachine):
     @rule(age=st.integers(0, 20))
     def expire(self, age: int) -> None:
         before = list(self.waiting)
-        self.lanes.expire(self.clock - age, 0.0, too_late)
         taken = {id(each) for held in self.in_flight for each in held.requests}
+        maybe = {id(each) for each in before if each.uncertain or id(each) in taken}
+        self.lanes.expire(self.clock - age, 5.0, too_late)
         for each in before:
-            overdue = each.deadline < self.clock - age and id(each) not in taken
+            overdue = each.deadline + (5 if id(each) in maybe else 0) < self.clock - age
             assert each.finished == overdue
             if overdue:
                 assert isinstance(each.problem, Unavailable)
@@ -162,8 +165,9 @@ class LanesMachine(RuleBasedStateMachine):
 
     def _finish(self, batch: Batch) -> None:
         for taken in batch.requests:
-            self.lanes.finish(taken)
-            self.waiting.remove(taken)
+            if not taken.finished:
+                self.lanes.finish(taken)
+                self.waiting.remove(taken)
         self.lanes.let_go(batch)
         self.lanes.release(batch.lanes)
 
