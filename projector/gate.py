@@ -62,7 +62,7 @@ class Gate:
             return Decision(ready=False, problem=fault, fatal=True)
         running = self._running.get(key)
         if running is None:
-            running = self._running[key] = asyncio.create_task(self._verify(build, record))
+            running = self._running[key] = tasks.start(self._verify(build, record))
         await asyncio.wait({running}, timeout=PATIENCE_SECONDS)
         if not running.done():
             return Decision(ready=False)

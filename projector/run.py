@@ -9,6 +9,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
+import pymongo
 import stamina
 import structlog
 from pymongo.errors import PyMongoError
@@ -83,7 +84,7 @@ class _State:
         if age > 2 * max(self._supervisor.settings.lease_seconds, 5.0):  # a tick may take one of these, and then fail
             return "no tick has gone through lately; the log has the reason"
         try:
-            async with asyncio.timeout(PING_SECONDS):
+            with pymongo.timeout(PING_SECONDS):
                 await self._supervisor.database.command("ping")
         except (PyMongoError, TimeoutError) as error:
             return f"MongoDB does not answer: {redact(str(error)) or 'no answer in time'}"

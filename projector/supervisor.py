@@ -15,6 +15,7 @@ import uuid
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import pymongo
 import structlog
 from pymongo.errors import OperationFailure, PyMongoError
 
@@ -112,7 +113,7 @@ class _Running:
     def __init__(self, partition: Partition, build: Build, drain_seconds: float) -> None:
         self.partition = partition
         self.build = build
-        self.task = asyncio.create_task(partition.run(), name=str(partition.id))
+        self.task = tasks.start(partition.run(), name=str(partition.id))
         self._drain_seconds = drain_seconds
         self._overdue: float | None = None
 
@@ -185,7 +186,8 @@ class Supervisor:
         try:
             while not stopping.is_set():
                 try:
-                    async with asyncio.timeout(max(self.settings.lease_seconds, 5.0)):
+                    # pymongo's own deadline: to cancel it amid a server selection can leave its locks in disorder.
+                    with pymongo.timeout(max(self.settings.lease_seconds, 5.0)):
                         await self.tick()
                     self.last_tick = time.monotonic()
                     self._trouble = ""

@@ -1,14 +1,22 @@
-"""Ending background tasks."""
+"""Starting and ending background tasks."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Coroutine, Iterable
 
-__all__ = ["end"]
+__all__ = ["end", "start"]
+
+
+def start(coroutine: Coroutine[Any, Any, Any], name: str | None = None) -> asyncio.Task[Any]:
+    """Starts a task that lives longer than what starts it, in a context of its own: a deadline set by `pymongo.timeout` around
+    the caller's commands is not the task's.
+    """
+    return asyncio.get_running_loop().create_task(coroutine, name=name, context=contextvars.Context())
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
