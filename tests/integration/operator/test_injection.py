@@ -121,17 +121,18 @@ async def test_a_renewed_certificate_is_taken_up(operators: Operators, tmp_path:
     crt, key = certificate(tmp_path, "first")
     settings = InjectorSettings(enabled=True, host="127.0.0.1", port=unused_tcp_port, cert_file=crt, key_file=key)
     async with operators.run(injector=settings):
-        assert await served(unused_tcp_port) == crt.read_text()
-        new_crt, new_key = certificate(tmp_path, "second")
-        new_key.replace(key)
-        new_crt.replace(crt)
 
-        async def renewed() -> bool:
-            with contextlib.suppress(OSError):  # the connection that finds the new one may still be refused
+        async def shown() -> bool:
+            # Refused: before the webhook listens, and by the connection that finds the new certificate.
+            with contextlib.suppress(OSError):
                 return await served(unused_tcp_port) == crt.read_text()
             return False
 
-        await until(renewed)
+        await until(shown)
+        new_crt, new_key = certificate(tmp_path, "second")
+        new_key.replace(key)
+        new_crt.replace(crt)
+        await until(shown)
 
 
 async def served(port: int) -> str:
