@@ -18,6 +18,7 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from eventstore.errors import Meaning, classify
 from eventstore.event import SLOTS
+from eventstore.orphans import end_orphans
 from projector.position import Position
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Checkpoint:
     epoch: int
     position: Position
     session: AsyncClientSession
-    """The session of all its transactions. Its id is in the checkpoint, so that the next owner can end what this one left open."""
+    """The session of all its transactions: one partition has one at a time."""
     scan: bool = False
     """The log must be read before the stream: the build is new."""
 
@@ -81,12 +82,11 @@ class Checkpoint:
         """
         mine = {"_id": str(partition)} | ({"owner": owner} if again else {})
         session = database.client.start_session()
-        taken = {"owner": owner, "session": session.session_id["id"], "takenAt": "$$NOW"}
+        taken = {"owner": owner, "takenAt": "$$NOW"}
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(session.end_session)
             found = await _past_open_transactions(
                 database,
-                mine,
                 lambda: database[CHECKPOINTS].find_one_and_update(
                     mine,
                     [{"$set": {"epoch": {"$add": ["$epoch", 1]}, **taken}}],
@@ -123,23 +123,17 @@ class Checkpoint:
         self.scan = False
 
 
-async def _past_open_transactions(database: Database, query: dict[str, Any], write: Callable[[], Awaitable[_T]]) -> _T:
-    """Writes checkpoints, whatever a former owner has left.
-
-    A process that was killed or stopped amid a transaction leaves it open on the server for a minute
-    (transactionLifetimeLimitSeconds), and until then nobody else can write what it wrote, the checkpoint first of all. So when
-    a write is held up, the former owners' sessions are ended, which one's own user may do without any privilege.
-    """
+async def _past_open_transactions(database: Database, write: Callable[[], Awaitable[_T]]) -> _T:
+    """Writes checkpoints, whatever a former owner has left: it may have been killed or stopped amid a transaction, which holds
+    the checkpoint first of all."""
     try:
         with pymongo.timeout(HELD_UP_SECONDS):
             return await write()
     except PyMongoError as error:
         if not error.timeout and classify(error) is not Meaning.AGAIN:
             raise
-    found = await database[CHECKPOINTS].find(query, {"session": 1}).to_list(1_000)
-    if sessions := [{"id": checkpoint["session"]} for checkpoint in found if "session" in checkpoint]:
-        with contextlib.suppress(OperationFailure):  # a server without it: then this waits
-            await database.command({"killSessions": sessions})
+    with contextlib.suppress(OperationFailure):  # a server without it: then this waits
+        await end_orphans(database.client, "projector")
     return await write()
 
 
@@ -192,4 +186,4 @@ async def ensure_layout(database: Database, build: str, count: int, start: Posit
         return True
 
     async with database.client.start_session() as session:
-        return await _past_open_transactions(database, {"build": build}, lambda: session.with_transaction(change))
+        return await _past_open_transactions(database, lambda: session.with_transaction(change))

@@ -25,7 +25,7 @@ from eventstore import tracing
 from eventstore.errors import Meaning, classify
 from projector import tasks
 from projector.aside import Aside, StoppedError
-from projector.changes import Changes, EventFailedError
+from projector.changes import Changes, EventFailedError, give_way
 from projector.checkpoint import Checkpoint, FencedError, PartitionId
 from projector.owned import OwnedFolder
 from projector.rebuild import fill
@@ -265,6 +265,7 @@ class _Loop:
         self._newest: float | None = None
         self._drained = False
         self._batches = 0
+        self._held = 0.0
         self._events = self._seconds = 0.0
         self._writer: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
@@ -402,9 +403,10 @@ class _Loop:
         start = 0
         while start < len(events):
             end = start + self.folder.portion
+            self._held = 0.0
             yield events[start:end]
             start = end
-            await asyncio.sleep(0)
+            await give_way(self._held)
             if start < len(events):
                 await self._wait_for_room()
 
@@ -414,6 +416,7 @@ class _Loop:
         outcome = self.folder.fold(events, aside)
         took = time.perf_counter() - began
         self.folder.typical.learn_fold(len(events), took)
+        self._held += took
         self.metrics.fold_seconds.labels(self.name).observe(took)
         return outcome
 

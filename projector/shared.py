@@ -7,7 +7,6 @@ a collection of their own, keyed by the aggregate; only this partition writes th
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -25,6 +24,7 @@ from projector.changes import (
     Folder,
     Outcome,
     Typical,
+    give_way,
     read_documents,
     unstorable,
     write_documents,
@@ -95,8 +95,8 @@ class _SharedChanges(Changes):
         """Folds the events in the documents; returns the last event that went into each."""
         last: dict[Any, Event] = {}
         apply = self._build.projection.apply
-        folds = 0
-        began = paused = time.perf_counter()
+        folds, took = 0, 0.0
+        since = time.perf_counter()
         for event, event_keys in self._accepted:
             for key in event_keys:
                 try:
@@ -105,10 +105,11 @@ class _SharedChanges(Changes):
                     raise EventFailedError(Failure.of(event, "fold", error)) from error
                 last[key] = event
             folds += len(event_keys)
-            if time.perf_counter() - paused > SLICE_SECONDS:
-                await asyncio.sleep(0)
-                paused = time.perf_counter()
-        self._typical.learn_write(folds, time.perf_counter() - began)
+            if (held := time.perf_counter() - since) > SLICE_SECONDS:
+                took += held
+                await give_way(held)
+                since = time.perf_counter()
+        self._typical.learn_write(folds, took + time.perf_counter() - since)
         return last
 
     async def _read(self, session: AsyncClientSession) -> dict[Any, State | None]:

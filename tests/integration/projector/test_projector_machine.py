@@ -85,7 +85,7 @@ class _Replica:
 
     def __init__(self, uri: str, name: str, build: Build, count: int, owner: str) -> None:
         self.steps = _Steps()
-        self.client: Client = connect(SecretStr(uri), "test", event_listeners=[self.steps])
+        self.client: Client = connect(SecretStr(uri), "projector", event_listeners=[self.steps])
         here = Here(open_database(self.client, name), owner)
         self.tasks = [
             asyncio.create_task(Partition(here, build, PartitionId(build.id, number, count)).run())

@@ -317,7 +317,7 @@ async def test_the_next_owner_need_not_wait_for_what_a_killed_one_left_open(
 ) -> None:
     """A transaction that nobody will end holds the checkpoint for a minute, unless somebody ends it."""
     build = await begun(database, ledger())
-    async with connect(SecretStr(mongodb_uri), "test") as doomed:
+    async with connect(SecretStr(mongodb_uri), "projector") as doomed:
         other = open_database(doomed, database.name)
         killed = await Checkpoint.take(other, only(build), "killed")
         await killed.session.start_transaction()
@@ -327,7 +327,7 @@ async def test_the_next_owner_need_not_wait_for_what_a_killed_one_left_open(
     assert taken.epoch == killed.epoch + 1
     await taken.close()
 
-    async with connect(SecretStr(mongodb_uri), "test") as doomed:
+    async with connect(SecretStr(mongodb_uri), "projector") as doomed:
         other = open_database(doomed, database.name)
         killed = await Checkpoint.take(other, only(build), "killed again")
         await killed.session.start_transaction()
