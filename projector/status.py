@@ -14,6 +14,7 @@ import structlog
 from pymongo import UpdateOne
 from pymongo.errors import OperationFailure
 
+from projector import tasks
 from projector.catalog import STATUS
 from projector.parking import PARKED, build_range
 from projector.scans import progress_of
@@ -81,20 +82,25 @@ class Reports:
         """
         self._metrics.replicas.set(len(peers))
         await self._ask_oplog()
-        if running:
+        # Not of what is just being ended, whose build may have been dropped with its reports.
+        current = {name: item for name, item in running.items() if item.build.id in runnable}
+        if current:
             await self._database[REPORTS].bulk_write(
                 [
                     # The time is the server's, so that the clocks of two replicas are never compared.
                     UpdateOne(
                         {"_id": name}, {"$set": self._report(item.partition), "$currentDate": {"at": True}}, upsert=True
                     )
-                    for name, item in running.items()
+                    for name, item in current.items()
                 ],
                 ordered=False,
             )
-        for name, control in controls.items():
-            if any(item.build.projection.name == name for item in running.values()) or control.paused or control.failed:
-                await self._write_status(control, runnable, problems.get(name))
+        run_here = {item.build.projection.name for item in running.values()}
+        await tasks.together(
+            self._write_status(control, runnable, problems.get(name))
+            for name, control in controls.items()
+            if name in run_here or control.paused or control.failed
+        )
         for name in problems.keys() - {
             control.name for control in controls.values() if control.live or control.candidate
         }:

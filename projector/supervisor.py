@@ -278,11 +278,11 @@ class Supervisor:
                     continue
                 able[key] = build
                 if build_id in (control.live, control.candidate):
-                    await ensure_layout(self.database, build.id, control.partitions)
                     builds.append((build, control))
             for record in obsolete(control, records.values()):
                 _log.info("build_dropped", projection=name, build=record.id)
                 await drop_build(self.database, record)
+        await tasks.together(ensure_layout(self.database, build.id, control.partitions) for build, control in builds)
         self._able = able
         return {name: controls[name] for name in wanted if name in controls}, builds
 

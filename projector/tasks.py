@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
 
-__all__ = ["end", "start"]
+__all__ = ["end", "start", "together"]
+
+AT_ONCE: Final = 20
+"""Well below the connections of a client (100), which others need too."""
 
 
 def start(coroutine: Coroutine[Any, Any, Any], name: str | None = None) -> asyncio.Task[Any]:
@@ -17,6 +21,18 @@ def start(coroutine: Coroutine[Any, Any, Any], name: str | None = None) -> async
     the caller's commands is not the task's.
     """
     return asyncio.get_running_loop().create_task(coroutine, name=name, context=contextvars.Context())
+
+
+async def together(works: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Does a number of things, some at once; raises what the first one of them raised.
+
+    While a loop is busy folding, each answer of MongoDB waits for its turn: what is asked one after the other adds that up.
+    """
+    waiting = iter(works)  # made only when their turn has come
+    while some := list(itertools.islice(waiting, AT_ONCE)):
+        for found in await asyncio.gather(*some, return_exceptions=True):
+            if isinstance(found, BaseException):
+                raise found
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
