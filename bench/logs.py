@@ -75,10 +75,16 @@ def _event(number: int, aggregate_id: str, sequence_no: int, name: str, payload:
     }
 
 
-def round_robin(events: int, aggregates: int) -> Iterator[Document]:
-    """All aggregates in turn: the worst interleaving, in which no batch holds an aggregate twice if there are enough of them."""
+def round_robin(events: int, aggregates: int, waves: int = 1) -> Iterator[Document]:
+    """All aggregates in turn: the worst interleaving, in which no batch holds an aggregate twice if there are enough of them.
+
+    Several waves divide the aggregates among them, one after the other: so the log gets longer, and what happens at any
+    moment stays the same.
+    """
+    width = aggregates // waves
     for number in range(events):
-        aggregate = number % aggregates
+        wave, at = divmod(number, events // waves)
+        aggregate = wave * width + at % width
         payload = {
             "case:channel": "Internet",
             "org:group": f"Group {number % 9}",
@@ -86,7 +92,7 @@ def round_robin(events: int, aggregates: int) -> Iterator[Document]:
             "amount": number % 1_000,
         }
         name = _NAMES[number % len(_NAMES)]
-        yield _event(number, f"case-{aggregate:07d}", number // aggregates + 1, name, payload)
+        yield _event(number, f"case-{aggregate:07d}", at // width + 1, name, payload)
 
 
 def receipt(events: int, path: Path = RECEIPT) -> Iterator[Document]:

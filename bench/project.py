@@ -240,11 +240,11 @@ def _delays(database: Database[Document], model: str, count: int) -> list[float]
 
 
 def growth(client: MongoClient[Document]) -> None:
-    """Events per second from the first event to the last of a long log, in one go."""
+    """Events per second from the first event to the last of a long log, in one go; 10,000 aggregates are at work at any time."""
     database = client["growth"]
     logs.provision(database)
     apart(project_ours.begin, uri_of(client), database.name, 1)
-    count = logs.write(database, logs.round_robin(GROWTH[-1], GROWTH[-1] // 10))
+    count = logs.write(database, logs.round_robin(GROWTH[-1], GROWTH[-1] // 10, GROWTH[-1] // EVENTS_COUNT))
     found = apart(project_ours.follow, uri_of(client), database.name, 1, count)
     rows = []
     before = (0.0, 0)

@@ -20,7 +20,7 @@ from projector.metrics import Metrics
 from projector.settings import ProjectorSettings
 from projector.supervisor import FixedCatalog, Supervisor
 
-__all__ = ["begin", "follow", "latency"]
+__all__ = ["begin", "follow", "latency", "pause"]
 
 SENT_AT = {"name": "sent", "on": {"*": {"$inc": {"events": 1}, "$set": {"sentAt": "$payload.sentAt"}}}}
 
@@ -32,6 +32,7 @@ def names(count: int) -> list[str]:
 
 def begin(uri: str, name: str, projections: int) -> None:
     """Makes read models that are current with a log that is still empty."""
+    configure("bench", "warning", "console")
     uvloop.run(_run(uri, name, projections, 0))
 
 
@@ -57,10 +58,10 @@ async def _run(uri: str, name: str, projections: int, events: int) -> dict[str, 
         begun, processor = time.perf_counter(), time.process_time()
         task = asyncio.create_task(supervisor.run(stopping))
         while events and (not reached or reached[-1][1] < events):
-            await asyncio.sleep(0.02)
+            await pause(task, 0.02)
             reached.append((time.perf_counter() - begun, _applied(metrics, projections)))
         while not events and not await _all_live(database, projections):
-            await asyncio.sleep(0.05)
+            await pause(task, 0.05)
         seconds = time.perf_counter() - begun
         used = time.process_time() - processor
         stopping.set()
@@ -71,6 +72,13 @@ async def _run(uri: str, name: str, projections: int, events: int) -> dict[str, 
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "reached": reached,
     }
+
+
+async def pause(task: asyncio.Task[None], seconds: float) -> None:
+    """Waits; raises what ended the projector, if it has ended."""
+    await asyncio.wait({task}, timeout=seconds)
+    if task.done():
+        task.result()
 
 
 def _applied(metrics: Metrics, projections: int) -> int:
@@ -99,9 +107,9 @@ async def _latency(uri: str, name: str, ready: Any, over: Any) -> None:
         stopping = asyncio.Event()
         task = asyncio.create_task(supervisor.run(stopping))
         while (control := await read_control(database, "sent")) is None or control.live is None:
-            await asyncio.sleep(0.05)
+            await pause(task, 0.05)
         ready.set()
         while not over.is_set():
-            await asyncio.sleep(0.1)
+            await pause(task, 0.1)
         stopping.set()
         await task

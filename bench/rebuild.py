@@ -78,10 +78,10 @@ async def _rebuild(uri: str, name: str, version: int, processes: int) -> dict[st
         memory = 0
         while (found := await scans.progress_of(database, build)) is None or not found.done:
             memory = max(memory, *(_memory(each) for each in psutil.Process().children()), 0)
-            await asyncio.sleep(0.02)
+            await project_ours.pause(task, 0.05)
         scanned = time.perf_counter() - begun
         while (control := await read_control(database, projection.name)) is None or control.live != build:
-            await asyncio.sleep(0.02)
+            await project_ours.pause(task, 0.02)
         seconds = time.perf_counter() - begun
         stopping.set()
         await task
