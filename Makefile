@@ -76,8 +76,11 @@ e2e: install
 	  $(BIN)/pytest -m e2e tests/e2e
 endif
 
-bench: install ## the benchmarks, each beside its peers on the same mongod
+bench: install $(BIN)/vegeta ## the benchmarks, each beside its peers on the same mongod
 	$(BIN)/python -m bench
+
+$(BIN)/vegeta: install
+	GOBIN=$(abspath $(BIN)) go install github.com/tsenart/vegeta/v12@v12.13.0
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

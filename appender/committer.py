@@ -44,13 +44,14 @@ __all__ = ["BATCHES_IN_FLIGHT", "Committer"]
 
 _log = structlog.get_logger(__name__)
 
-BATCHES_FREELY: Final = 2
-WORTHWHILE_EVENTS: Final = 64
-PATIENCE_SECONDS: Final = 0.005
 BATCHES_IN_FLIGHT: Final = 8
-"""Two batches may always be in flight: one is being filled while the other is written. A third and more only when so many
-events wait, or when the last was taken so long ago that the disk or a lock must hold the others up. A batch costs the
-appender 200 µs and mongod as much, whatever is in it: many small ones cost more than waiting a little does."""
+PATIENCE_SECONDS: Final = 0.005
+SHARE_EVENTS: Final = 8
+"""A batch takes half of the events that have no outcome yet (or the few of `SHARE_EVENTS`), and starts beside others once
+as many wait as those have on average: so two alternate, one written by MongoDB while the requests of the next are read and
+those of the last are answered, and neither shrinks to nothing or grows to all there is. A batch costs the appender 200 µs
+and mongod as much, whatever is in it. When the last was taken so long ago that the disk or a lock must hold the others up,
+another starts at once."""
 
 PAUSE_SECONDS: Final = 0.004
 MAX_PAUSE_SECONDS: Final = 0.5
@@ -235,7 +236,10 @@ class Committer:
 
     def _pump(self) -> None:
         self._pumping = False
-        while self._lanes.ready and self._may_start() and (batch := self._lanes.take()) is not None:
+        while self._lanes.ready and self._may_start():
+            batch = self._lanes.take(max(SHARE_EVENTS, self._lanes.events // 2))
+            if batch is None:
+                break
             self._started = self._loop.time()
             self._taken += batch.events
             task = self._loop.create_task(self._run(batch))
@@ -245,11 +249,9 @@ class Committer:
     def _may_start(self) -> bool:
         """Whether another batch may be taken beside those in flight."""
         in_flight = len(self._tasks)
-        if in_flight < BATCHES_FREELY:
-            return True
         if in_flight >= self._limit:
             return False
-        if self._lanes.events - self._taken >= WORTHWHILE_EVENTS:
+        if (self._lanes.events - self._taken) * in_flight >= self._taken:
             return True
         patient = self._started + PATIENCE_SECONDS - self._loop.time()
         if patient <= 0:

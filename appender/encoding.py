@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import bson
-from bson.codec_options import CodecOptions
 from bson.errors import InvalidDocument
 from bson.raw_bson import RawBSONDocument
 from msgspec import Struct
@@ -38,7 +37,6 @@ MAX_LEVELS: Final = 100
 _ENVELOPE_BYTES: Final = 160
 """Names, types and fixed values of an event document's own fields; only the size limit leans on it."""
 
-_RAW: Final[CodecOptions[RawBSONDocument]] = CodecOptions(document_class=RawBSONDocument)
 _UTC: Final = datetime.UTC
 
 
@@ -195,7 +193,7 @@ def _document(value: dict[str, Any], field: str, deep: bool) -> RawBSONDocument:
         raise Invalid(_join(field, path), reason) from error
     if deep and _levels(value) > MAX_LEVELS:
         raise Invalid(field, f"is nested deeper than {MAX_LEVELS} levels")
-    return RawBSONDocument(raw, _RAW)
+    return RawBSONDocument(raw)
 
 
 def _unstorable(value: Any) -> str | None:

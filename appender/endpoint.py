@@ -47,11 +47,27 @@ class Endpoints:
         # From 0 on: a counter that begins with the first failures would hide them from rate() and from the alerts.
         codes: dict[int, Any] = {status: requests.labels(route, method, str(status)) for status in (500, 503)}
 
+        tokens = self._tokens
+
+        # One coroutine, not layers of them: it is on the path of every append.
         async def handle(request: web.Request) -> web.StreamResponse:
             started = time.perf_counter()
             self._in_progress += 1
+            response: web.StreamResponse
             try:
-                response = await self._answer(request, handler)
+                if tokens is None or tokens.accept(request.headers.get("Authorization")):
+                    response = await handler(request)
+                else:
+                    response = render(Unauthorized("Send the header 'Authorization: Bearer <token>'."))
+            except Problem as problem:
+                response = render(problem)
+            except web.HTTPRequestEntityTooLarge:
+                response = render(TooLarge("The request body is over the limit."))
+            except ConnectionError:
+                raise  # the client went away; there is nobody to answer
+            except Exception as error:  # noqa: BLE001 - the last line of defence: the service goes on
+                _log.error("request_failed", exc_info=error)
+                response = render(Internal("The request could not be carried out; its outcome may be unknown."))
             finally:
                 self._in_progress -= 1
             status = response.status
@@ -63,23 +79,6 @@ class Endpoints:
             return response
 
         return handle
-
-    async def _answer(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        try:
-            if self._tokens is not None and not self._tokens.accept(request.headers.get("Authorization")):
-                return render(Unauthorized("Send the header 'Authorization: Bearer <token>'."))
-            return await handler(request)
-        except Problem as problem:
-            return render(problem)
-        except web.HTTPRequestEntityTooLarge:
-            return render(TooLarge("The request body is over the limit."))
-        except ConnectionError:
-            raise  # the client went away; there is nobody to answer
-        except Exception as error:  # noqa: BLE001 - the last line of defence: the service goes on
-            _log.error("request_failed", exc_info=error)
-            return render(Internal("The request could not be carried out; its outcome may be unknown."))
 
 
 def render(problem: Problem) -> web.Response:

@@ -188,21 +188,23 @@ class Lanes:
             lane.contended = self._contended(lane.aggregate_id)
             self._ready[Kind.SINGLES if first.single and not lane.contended else Kind.ATOMIC].append(lane)
 
-    def take(self) -> Batch | None:
-        """The next batch, of the kind whose turn it is; None when nothing is ready."""
+    def take(self, share: int = BATCH_EVENTS) -> Batch | None:
+        """The next batch, of the kind whose turn it is, with no further lane once it has `share` events; None when nothing
+        is ready.
+        """
         other = {Kind.SINGLES: Kind.ATOMIC, Kind.ATOMIC: Kind.SINGLES}
         while self.ready:  # what expired while it was ready leaves an empty batch, and may make others ready
             for kind in (self._turn, other[self._turn]):
-                batch = self._fill(kind)
+                batch = self._fill(kind, share)
                 if batch.requests:
                     self._turn = other[kind]
                     return batch
         return None
 
-    def _fill(self, kind: Kind) -> Batch:
+    def _fill(self, kind: Kind, share: int) -> Batch:
         batch = Batch(kind)
         ready = self._ready[kind]
-        while ready:
+        while ready and batch.events < share:
             unit = ready[0]
             alone = kind is Kind.ATOMIC and unit.attempts >= ALONE_AFTER
             if batch.requests and alone:

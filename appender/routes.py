@@ -212,8 +212,8 @@ class Routes:
         response.headers["ETag"] = tag
         return response
 
-    async def _body(self, request: web.Request) -> bytes:
-        return await read_body(request, self._settings.max_request_bytes, self._settings.read_timeout_seconds)
+    def _body(self, request: web.Request) -> Awaitable[bytes]:
+        return read_body(request, self._settings.max_request_bytes, self._settings.read_timeout_seconds)
 
 
 async def _write_lines(response: web.StreamResponse, events: AsyncIterator[tuple[int, bytes]], seconds: float) -> None:

@@ -1,5 +1,5 @@
-"""What `bench.append` runs as processes of their own: the peers, which one would write in an afternoon, the ceiling, and
-the generators of load that wrk is not.
+"""What `bench.append` runs as processes of their own: the peers, which one would write in an afternoon, the ceilings, and
+the generator of streams of lines.
 
 `python -m bench.append_peers NAME ARGUMENT …`, with MONGODB_URI and EVENTSTORE_DATABASE; prints a line of JSON.
 """
@@ -23,13 +23,21 @@ from bson.int64 import Int64
 from pydantic import SecretStr
 from pymongo.errors import PyMongoError
 
+from appender.committer import Committer
+from appender.endpoint import Endpoints
+from appender.lanes import Request
+from appender.metrics import Metrics
 from appender.requests import Appended, AppendedEvent, AppendRequest
+from appender.routes import Routes
+from appender.settings import AppenderSettings
 from eventstore.client import MAJORITY, Client, Database, connect, open_database
 from eventstore.event import EVENTS, new_event_id, slot_of
 from eventstore.indexes import provision
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
+
+    from appender.encoding import Append
 
 __all__ = ["PAYLOAD"]
 
@@ -60,8 +68,8 @@ def _answer(aggregate_id: str, event_id: str, sequence_no: int) -> web.Response:
     return web.Response(body=body, status=201, headers=_JSON)
 
 
-def ceiling() -> web.Application:
-    """Reads and decodes the body, stores nothing, answers."""
+def bare() -> web.Application:
+    """As little as aiohttp allows: reads and decodes the body, answers."""
 
     async def append(request: web.Request) -> web.Response:
         wanted = _decoder.decode(await request.read())
@@ -69,6 +77,24 @@ def ceiling() -> web.Application:
 
     app = web.Application()
     app.router.add_post("/v1/aggregates/{id}/events", append)
+    return app
+
+
+class _StoresNothing(Committer):
+    """Answers each append at once, as if it were written."""
+
+    async def append(self, appends: Sequence[Append]) -> Request:
+        for each in appends:
+            each.first = 1
+        return Request(appends, 0.0, 0.0, lambda _: None)
+
+
+async def without_storing(client: Client, database: Database) -> web.Application:
+    """The appender's own routes, with all their checks, encoding and metrics, up to where they would store."""
+    settings, metrics = AppenderSettings(), Metrics()
+    app = web.Application(client_max_size=settings.max_request_bytes)
+    committer = _StoresNothing(client, database, settings, metrics)
+    Routes(committer, database, settings).add_to(app, Endpoints(metrics, None), b"{}")
     return app
 
 
@@ -129,21 +155,17 @@ async def transactions(client: Client, database: Database, in_flight: int, aggre
     return figures(latencies, time.perf_counter() - started, failed)
 
 
-async def insert_many(database: Database, seconds: float) -> Figures:
-    """`insert_many` of 1,000 documents over 1,000 aggregates, two at a time; making the documents is not counted, encoding
-    them is.
-    """
+async def insert_many(database: Database, seconds: float, at_once: int) -> Figures:
+    """`insert_many` of 1,000 documents over 1,000 aggregates; making the documents is not counted, encoding them is."""
     run = new_event_id()
     written, number, spent = 0, 0, 0.0
     while spent < seconds:
-        batches = []
-        for part in "ab":
-            number += 1
-            batches.append([document(f"{run}{part}{n}", number) for n in range(1_000)])
+        number += 1
+        batches = [[document(f"{run}{part}.{n}", number) for n in range(1_000)] for part in range(at_once)]
         started = time.perf_counter()
         await asyncio.gather(*(database[EVENTS].insert_many(batch, ordered=False) for batch in batches))
         spent += time.perf_counter() - started
-        written += 2_000
+        written += 1_000 * at_once
     return {"rate": written / spent}
 
 
@@ -178,31 +200,6 @@ async def bulk(url: str, lines_count: int, aggregates: int) -> Figures:
     return {"rate": answered / (time.perf_counter() - started), "failed": answered - appended}
 
 
-async def steadily(url: str, rate: float, aggregates: int, seconds: float) -> Figures:
-    """Requests at a fixed rate, whatever the answers do (open loop); latency counts from when a request was due."""
-    body = msgspec.json.encode({"events": [{"eventName": "happened", "payload": PAYLOAD}]})
-    latencies: list[float] = []
-    failed = 0
-    loop = asyncio.get_running_loop()
-
-    async def one(session: aiohttp.ClientSession, due: float) -> None:
-        nonlocal failed
-        path = f"{url}/v1/aggregates/a{random.randrange(aggregates)}/events"
-        async with session.post(path, data=body, headers=_JSON) as response:
-            await response.read()
-            failed += response.status != 201
-        latencies.append(loop.time() - due)
-
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session, asyncio.TaskGroup() as group:
-        started = loop.time()
-        for number in range(int(rate * seconds)):
-            due = started + number / rate
-            if (early := due - loop.time()) > 0:
-                await asyncio.sleep(early)
-            group.create_task(one(session, due))
-    return figures(latencies, seconds, failed)
-
-
 def figures(latencies: list[float], seconds: float, failed: int) -> Figures:
     """Rate, and latencies in milliseconds."""
     ordered = sorted(latencies) or [0.0]
@@ -234,18 +231,18 @@ async def _main(name: str, arguments: list[str]) -> None:
             case "prepare":
                 await provision(database)
                 found = {}
-            case "ceiling":
-                await _serve(ceiling(), int(numbers[0]))
+            case "bare":
+                await _serve(bare(), int(numbers[0]))
+            case "without-storing":
+                await _serve(await without_storing(client, database), int(numbers[0]))
             case "insert-one":
                 await _serve(insert_one(database), int(numbers[0]))
             case "transactions":
                 found = await transactions(client, database, int(numbers[0]), int(numbers[1]), numbers[2])
             case "insert-many":
-                found = await insert_many(database, numbers[0])
+                found = await insert_many(database, numbers[0], int(numbers[1]))
             case "bulk":
                 found = await bulk(arguments[0], int(numbers[0]), int(numbers[1]))
-            case "steadily":
-                found = await steadily(arguments[0], numbers[0], int(numbers[1]), numbers[2])
         print(json.dumps(found))
 
 
