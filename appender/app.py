@@ -23,9 +23,10 @@ from appender.endpoint import Endpoints
 from appender.metrics import Metrics
 from appender.routes import Routes
 from appender.topology import PrimaryWatcher
-from eventstore import indexes
+from eventstore import indexes, tasks
 from eventstore.auth import Tokens
-from eventstore.client import connect, open_database
+from eventstore.client import cause, connect, open_database
+from eventstore.logs import redact
 from eventstore.service import Readiness, add_ops_routes
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ async def open_app(
         try:
             yield app, committer
         finally:
-            await _end(opening)
+            await tasks.end([opening])
             await committer.close()
 
 
@@ -191,21 +192,15 @@ async def _open(database: Database, committer: Committer, *, provision: bool) ->
             try:
                 await _prepare(database, provision=provision)
             except (PyMongoError, LookupError) as error:
-                committer.refuse(f"The event store is not there yet: {error}")
+                reason = redact(str(cause(database.client, error)))
+                committer.refuse(f"The event store is not there yet: {reason}")
                 if not waiting:
                     waiting = True
-                    _log.warning("waiting_for_event_store", reason=str(error))
+                    _log.warning("waiting_for_event_store", reason=reason)
                 raise
     committer.open()
     if waiting:
         _log.info("event_store_ready")
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    """Cancels a task until it ends: a cancellation that comes while the driver connects may be lost in its own errors."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=0.5)
 
 
 async def _prepare(database: Database, *, provision: bool) -> None:
@@ -224,5 +219,6 @@ async def _not_ready(database: Database, committer: Committer) -> str | None:
         with pymongo.timeout(PING_SECONDS):
             await database.command("ping")
     except (PyMongoError, TimeoutError) as error:
-        return f"MongoDB does not answer: {error or 'no answer in time'}"
+        why = redact(str(cause(database.client, error)))
+        return f"MongoDB does not answer: {why or 'no answer in time'}"
     return None

@@ -27,7 +27,7 @@ from appender.heads import Heads
 from appender.lanes import Lanes, Request
 from appender.resolve import judge, too_late
 from appender.write import OPERATION_SECONDS, Outcome, outcome_of
-from eventstore import tracing
+from eventstore import tasks, tracing
 from eventstore.errors import Meaning, classify
 from eventstore.orphans import IDLE_SECONDS, end_orphans
 
@@ -196,10 +196,7 @@ class Committer:
         self._close_door()
         if self._sweep is not None:
             self._sweep.cancel()
-        tasks = [*self._tasks, *self._endings, *([self._orphans] if self._orphans else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await tasks.end([*self._tasks, *self._endings, *([self._orphans] if self._orphans else [])])
         self._lanes.expire(float("inf"), 0.0, too_late)
 
     def primary_changed(self) -> None:

@@ -128,7 +128,8 @@ def _of_write_error(error: Mapping[str, Any]) -> Outcome:
         return _duplicate(error)
     found = _OUTCOMES.get(meaning)
     if found is None or found is Outcome.REFUSED:
-        _log.error("write_refused", code=error.get("code"), details=str(error.get("errInfo", error.get("errmsg"))))
+        # Not errInfo, which holds what the event says.
+        _log.error("write_refused", code=error.get("code"), reason=error.get("errmsg"))
     return found or Outcome.UNKNOWN
 
 

@@ -18,7 +18,8 @@ from projector.builds import read_control
 from projector.declared import from_definition
 from projector.metrics import Metrics
 from projector.settings import ProjectorSettings
-from projector.supervisor import FixedCatalog, Supervisor
+from projector.supervisor import Supervisor
+from projector.wanted import FixedCatalog
 
 __all__ = ["begin", "follow", "latency", "pause"]
 

@@ -24,7 +24,8 @@ from projector import collector, scans
 from projector.builds import read_control
 from projector.metrics import Metrics
 from projector.settings import ProjectorSettings
-from projector.supervisor import FixedCatalog, Supervisor
+from projector.supervisor import Supervisor
+from projector.wanted import FixedCatalog
 
 if TYPE_CHECKING:
     from pymongo.database import Database

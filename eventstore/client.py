@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.database import AsyncDatabase
+from pymongo.errors import PyMongoError
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from eventstore import __version__
+from eventstore.errors import Meaning, classify
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-__all__ = ["CODEC", "MAJORITY", "Client", "Database", "connect", "open_database"]
+__all__ = ["CODEC", "MAJORITY", "Client", "Database", "cause", "connect", "open_database"]
 
 Client: TypeAlias = AsyncMongoClient[dict[str, Any]]
 Database: TypeAlias = AsyncDatabase[dict[str, Any]]
@@ -56,3 +58,14 @@ def connect(uri: SecretStr, component: str, **overrides: Any) -> Client:
 def open_database(client: Client, name: str) -> Database:
     """A database whose reads see only what a majority has, and whose writes wait for one."""
     return client.get_database(name, codec_options=CODEC, read_concern=ReadConcern("majority"), write_concern=MAJORITY)
+
+
+def cause(client: Client, error: Exception) -> Exception:
+    """Why an operation of the client failed: the refusal of our credentials, where the driver hides it behind "no server was
+    found in time"; else `error` itself.
+    """
+    if classify(error) is not Meaning.UNAVAILABLE:
+        return error
+    found = (server.error for server in client.topology_description.server_descriptions().values())
+    refusals = (each for each in found if isinstance(each, PyMongoError) and classify(each) is Meaning.DENIED)
+    return next(refusals, error)

@@ -1,7 +1,7 @@
 """What every long-running process of ours shares: its loop, its signals, and the routes that Kubernetes asks.
 
-`/healthz` answers while the loop turns; `/readyz` answers 503 with the reason while the process should get no traffic;
-`/metrics` is Prometheus' text.
+`/healthz` answers while the loop turns, and 503 when what the process does has come to a stop; `/readyz` answers 503 with the
+reason while the process should get no traffic; `/metrics` is Prometheus' text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-__all__ = ["Readiness", "add_ops_routes", "run"]
+__all__ = ["Liveness", "Readiness", "add_ops_routes", "run"]
 
 Readiness: TypeAlias = Callable[[], Awaitable[str | None]]
 """Asked by `/readyz`: None when ready, else the reason in words."""
+
+Liveness: TypeAlias = Callable[[], str | None]
+"""Asked by `/healthz`: None while it works or waits for MongoDB, else why only a restart can help."""
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> None:
@@ -43,11 +46,16 @@ def run(main: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> None:
     uvloop.run(guarded())
 
 
-def add_ops_routes(app: web.Application, registry: CollectorRegistry, ready: Readiness) -> None:
+def add_ops_routes(
+    app: web.Application, registry: CollectorRegistry, ready: Readiness, stuck: Liveness = lambda: None
+) -> None:
     """Adds `/healthz`, `/readyz` and `/metrics` to an application."""
 
     async def healthz(_request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
+        reason = stuck()
+        if reason is None:
+            return web.json_response({"status": "ok"})
+        return web.json_response({"status": "stuck", "reason": reason}, status=503)
 
     async def readyz(_request: web.Request) -> web.Response:
         reason = await ready()

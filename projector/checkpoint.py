@@ -154,7 +154,7 @@ def _is(present: list[dict[str, Any]], count: int) -> bool:
 async def ensure_layout(database: Database, build: str, count: int, start: Position | None = None) -> bool:
     """Makes `count` partitions the layout of a build; True when it had another one, or none.
 
-    A new layout resumes from the oldest position of the one before: what the others had applied already, the marks tell.
+    A new layout resumes from the oldest time of the one before: what was applied already, the marks tell.
     Its owners are fenced by the same transaction. A build without checkpoints begins with a scan of the log and
     then at `start`; without a start nothing is made.
     """
@@ -167,7 +167,7 @@ async def ensure_layout(database: Database, build: str, count: int, start: Posit
         if _is(present, count):
             return False
         if present:
-            oldest = min((Position.load(found) for found in present), key=Position.order)
+            oldest = Position(None, min(Position.load(found).cluster_time for found in present))
             await database[CHECKPOINTS].delete_many({"build": build}, session=session)
         elif start is not None:
             oldest = start

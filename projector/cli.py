@@ -21,13 +21,13 @@ from projector.database_catalog import DatabaseCatalog
 from projector.environment import load_projections, settings_of_environment
 from projector.metrics import Metrics
 from projector.run import run_projector
-from projector.supervisor import FixedCatalog
+from projector.wanted import FixedCatalog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from eventstore.client import Database
-    from projector.supervisor import Catalog
+    from projector.wanted import Catalog
 
 __all__ = ["main"]
 

@@ -17,7 +17,7 @@ from projector.catalog import DEFINITIONS, DefinitionRecord
 from projector.declared import from_definition
 from projector.errors import ProjectionError
 from projector.lease import REPLICAS
-from projector.supervisor import Wanted
+from projector.wanted import Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

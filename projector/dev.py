@@ -27,7 +27,7 @@ from eventstore.settings import EventStoreSettings
 from projector.metrics import Metrics
 from projector.run import run_projector
 from projector.settings import ProjectorSettings
-from projector.supervisor import FixedCatalog
+from projector.wanted import FixedCatalog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence

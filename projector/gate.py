@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from projector import tasks
+from eventstore import tasks
 from projector.parking import PARKED, build_range
 from projector.verify import verify
 

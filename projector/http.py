@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from eventstore.service import Readiness
+    from eventstore.service import Liveness, Readiness
     from projector.settings import ProjectorSettings
     from projector.supervisor import Supervisor
 
@@ -72,14 +72,16 @@ class _Verify(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @contextlib.asynccontextmanager
-async def serve(supervisor: Supervisor, registry: CollectorRegistry, not_ready: Readiness) -> AsyncIterator[int]:
+async def serve(
+    supervisor: Supervisor, registry: CollectorRegistry, not_ready: Readiness, stuck: Liveness
+) -> AsyncIterator[int]:
     """Serves on the address of the settings while the context lasts; yields the port.
 
     Raises OSError when it is taken, `eventstore.auth.TokensMissingError` for a token file without a token.
     """
     ops = Ops(supervisor.log, supervisor.database, lambda: supervisor.projections)
     app = make_app(ops, supervisor.settings)
-    add_ops_routes(app, registry, not_ready)
+    add_ops_routes(app, registry, not_ready, stuck)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     try:

@@ -1,13 +1,7 @@
-"""One partition of a build: the loop that keeps its read model current, in order and exactly once.
+"""One partition of a build, from its checkpoint on, again and again until it is stopped or lost.
 
-    read ahead ──> load marks and documents ──> check order, fold ──> one transaction: documents + marks + checkpoint
-         (EventStream)        (Folder.load)        (Folder.fold)              (Partition._write_loop)
-
-Reading, folding and writing go on at the same time, each a step ahead of the next. Memory is ahead of MongoDB by what waits for
-the writer (bounded) and nothing else, so that after any failure the partition simply begins again from its checkpoint:
-what was applied already, the marks tell.
-
-The position is moved only when a whole batch has been folded, healed and set aside; the marks may be ahead of it, never behind.
+A life of it is: take the checkpoint, repair a position that MongoDB has forgotten, fill a new build from the log, then the
+loop (`projector.loop`). Whatever goes wrong ends that life, and the next one begins with what is in MongoDB.
 """
 
 from __future__ import annotations
@@ -15,126 +9,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import pymongo
 import structlog
 
-from eventstore import tracing
 from eventstore.errors import Meaning, classify
-from projector import tasks
-from projector.aside import Aside, StoppedError
-from projector.changes import Changes, EventFailedError, give_way
-from projector.checkpoint import Checkpoint, FencedError, PartitionId
-from projector.owned import OwnedFolder
-from projector.rebuild import fill
+from projector.aside import StoppedError
+from projector.checkpoint import Checkpoint, FencedError
+from projector.loop import Loop
+from projector.progress import Progress
+from projector.rebuild import Place, fill
 from projector.repair import InterruptedRepairError, repair
-from projector.shared import SharedFolder
-from projector.stream import EventStream, PositionLostError, position_now
+from projector.stream import PositionLostError, position_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Mapping
+    from collections.abc import AsyncIterator
 
-    from pydantic import SecretStr
-    from pymongo.asynchronous.client_session import AsyncClientSession
-
-    from eventstore.client import Database
-    from projector.aside import ParkedWrites
     from projector.build import Build
-    from projector.changes import Failure, Folder, Outcome
-    from projector.metrics import Metrics
-    from projector.parking import Parked
+    from projector.checkpoint import PartitionId
     from projector.position import Position
-    from projector.settings import ProjectorSettings
-    from projector.stream import Batch
+    from projector.sources import Source
 
-__all__ = ["OwnSource", "Partition", "Progress", "Source", "Surroundings"]
-
-PENDING_BYTES: Final = 32 * 2**20
-"""Documents that may wait for the writer, as they were when they were read: what is written together is in memory twice."""
-
-PENDING_BATCHES: Final = 8
-"""Batches that may wait for the writer, however few events they hold: a batch has at most 16 MiB, so this bounds the memory for
-large events. Fewer would make the reader wait for nothing while batches are small."""
-
-IDLE_CHECKPOINT_SECONDS: Final = 10.0
-"""How often a quiet partition writes its position down. Seldom enough to cost nothing (12 small updates a minute for 2
-partitions), often enough that no oplog is so short that its token ages out between two."""
-
-TICK_SECONDS: Final = 0.5
-"""How often a loop without events looks for what is due: retries, commands, idle checkpoints."""
-
-COMMAND_SECONDS: Final = 2.0
-"""How often the records of aggregates aside are read for commands (`parked retry`, `skip`): the wait of a person."""
-
-WRITE_SECONDS: Final = 60.0
-"""How long one transaction may take, with all its repetitions; MongoDB ends one after 60 s itself."""
+__all__ = ["Partition", "Surroundings"]
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class _VoidError(Exception):
-    """An earlier write has failed, so memory is void: the partition begins again from its checkpoint."""
-
-
-class Source(Protocol):
-    """Where batches come from: a stream of one's own, or a share of the process's."""
-
-    async def get(self, timeout: float) -> Batch | None:
-        """The next batch, or None after `timeout` seconds. Raises PositionLostError and errors of pymongo."""
-
-    async def close(self) -> None:
-        """Ends it."""
-
-
-class Surroundings(Protocol):
+class Surroundings(Place, Protocol):
     """What a partition needs of the process around it."""
 
-    log: Database
-    database: Database
-    settings: ProjectorSettings
-    metrics: Metrics
     owner: str
-    uri: SecretStr | None
-    """By which processes of our own connect."""
 
     def source(self, build: Build, position: Position, slots: range) -> Source:
         """Opens a source of batches from a position."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a partition is, for status and metrics."""
-
-    state: str = "catching_up"
-    """One of `projector.metrics.HEALTH_STATES`."""
-    caught_up: bool = False
-    """Everything that the stream has brought is written, and it stood at the log's end when it was last asked."""
-    position: Position | None = None
-    """Everything before it is in the read model."""
-    checkpoint: Position | None = None
-    """Where the partition would resume now."""
-    heartbeat: float = field(default_factory=time.time)
-    error: str | None = None
-    density: float = 0.0
-    """Events that the stream brought per second of the log's time, lately: to estimate how many are still to come."""
-    pending: int = 0
-    """Events that wait for the writer."""
-    aside: Mapping[str, Parked] = field(default_factory=dict)
-    """The aggregates that are set aside."""
-
-    def lag_seconds(self) -> float:
-        """0 when caught up, else the age of the oldest event that may not have been applied yet."""
-        if self.caught_up or self.position is None:
-            return 0.0
-        return max(0.0, time.time() - self.position.cluster_time.time)
-
-    def backlog_events(self) -> int:
-        """An estimate of the events not applied yet: those that wait, and those that the lag stands for."""
-        if self.caught_up:
-            return self.pending
-        return max(1, self.pending, round(self.density * self.lag_seconds()))
 
 
 class Partition:
@@ -212,7 +119,7 @@ class Partition:
     async def _repair(self, checkpoint: Checkpoint, error: PositionLostError) -> None:
         """Applies what the lost stream would have brought, from the log, and moves the checkpoint to a new token."""
         self.progress.state = "repairing"
-        count = await repair(_Loop(self, checkpoint), await position_now(self._around.log))
+        count = await repair(self._loop(checkpoint), await position_now(self._around.log))
         self._metrics.repaired.labels(self._name).inc(count)
         self._log.warning("position_repaired", reason=error.reason, events=count)
 
@@ -222,17 +129,20 @@ class Partition:
         if self._build.projection.aggregate_keyed:
             await fill(self._around, self._build, checkpoint, self._stopping, self._beat)
             return
-        count = await repair(_Loop(self, checkpoint), checkpoint.position)
+        count = await repair(self._loop(checkpoint), checkpoint.position)
         await checkpoint.scanned()
         self._metrics.rebuild_events.labels(self._name).inc(count)
         self._log.info("build_scanned", events=count)
+
+    def _loop(self, checkpoint: Checkpoint) -> Loop:
+        return Loop(self._around, self._build, checkpoint, self.progress, self._stopping)
 
     def _beat(self) -> None:
         self.progress.heartbeat = time.time()
 
     async def _from(self, checkpoint: Checkpoint) -> None:
         """The loop from a checkpoint until `stop` or an error."""
-        loop = _Loop(self, checkpoint)
+        loop = self._loop(checkpoint)
         self.progress.state = "catching_up"
         await loop.aside.load()
         source = self._around.source(self._build, checkpoint.position, self.id.slots)
@@ -240,307 +150,3 @@ class Partition:
             await loop.run(source)
         finally:
             await source.close()
-
-
-class _Loop:
-    """The memory of a partition between two fresh starts: folder, aggregates aside, position."""
-
-    def __init__(self, owner: Partition, checkpoint: Checkpoint) -> None:
-        around, build = owner._around, owner._build
-        self._owner = owner
-        self.log, self.database = around.log, around.database
-        self.build, self.partition = build, owner.id
-        self.metrics, self.settings = around.metrics, around.settings
-        self.checkpoint = checkpoint
-        self.position = checkpoint.position
-        folder_class = OwnedFolder if build.projection.aggregate_keyed else SharedFolder
-        self.folder: Folder = folder_class(around.database, build)
-        self.aside = Aside(self)
-        self.progress = owner.progress
-        self.progress.aside = self.aside.records
-        self._stopping = owner._stopping
-        self._wake = asyncio.Event()
-        self._room = asyncio.Event()
-        self._written_at = self._looked_at = time.monotonic()
-        self._newest: float | None = None
-        self._drained = False
-        self._batches = 0
-        self._held = 0.0
-        self._events = self._seconds = 0.0
-        self._writer: asyncio.Task[None] | None = None
-        self._writing = asyncio.Lock()
-        self._links: dict[int, Any] = {}
-        """Spans that appended what waits for the writer, where traces are recorded."""
-        self._in_doubt = False
-        """What was taken from the folder is not written: yet, or ever."""
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the partition was asked to end."""
-        return self._stopping.is_set()
-
-    async def run(self, source: Source) -> None:
-        """Reads and folds while the writer writes; ends after the last write."""
-        self._writer = writer = asyncio.create_task(self._write_loop())
-        reader = asyncio.create_task(self._read_loop(source))
-        try:
-            await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done():
-                writer.result()
-            reader.result()
-            await self._drain()
-        except _VoidError:
-            if writer.done():
-                writer.result()  # the cause
-            raise
-        finally:
-            await tasks.end([reader, writer])
-
-    async def _drain(self) -> None:
-        """Writes what was folded, and the position, before the partition is given back."""
-        async with asyncio.timeout(self.settings.drain_seconds):
-            while self.dirty:
-                await self.flush()
-            await self._move_checkpoint()
-
-    @contextlib.asynccontextmanager
-    async def between_writes(self) -> AsyncIterator[None]:
-        """No write is under way while it lasts. Raises when one has failed: from then on memory is ahead of MongoDB by what it
-        held, and a position written now would pass events that were never applied."""
-        async with self._writing:
-            if self._in_doubt:
-                raise _VoidError
-            yield
-
-    async def _move_checkpoint(self) -> None:
-        """Writes the position down. Nothing must wait to be written."""
-        async with self.between_writes():
-            if self.position.cluster_time != self.checkpoint.position.cluster_time:
-                await self.checkpoint.move(self.position)
-            self.progress.checkpoint = self.checkpoint.position
-            self._written_at = time.monotonic()
-
-    @property
-    def dirty(self) -> bool:
-        """Whether anything waits to be written."""
-        return bool(self.folder.pending or self.aside.dirty)
-
-    # Reading and folding
-
-    async def _read_loop(self, source: Source) -> None:
-        while not self._stopping.is_set():
-            batch = await source.get(0 if self.aside.due else TICK_SECONDS)
-            self.progress.heartbeat = time.time()
-            if batch is not None:
-                await self.take(batch)
-                self._note(batch)
-            await self._look_for_due()
-
-    async def _look_for_due(self) -> None:
-        """Commands of people, aggregates whose next try is due, the checkpoint of a quiet partition."""
-        now = time.monotonic()
-        if now - self._looked_at >= COMMAND_SECONDS:
-            self._looked_at = now
-            await self.aside.follow_commands()
-        if self.aside.due:
-            await self.aside.heal_due()
-        if self.dirty:
-            self._wake.set()
-        elif now - self._written_at > IDLE_CHECKPOINT_SECONDS:
-            await self._move_checkpoint()
-
-    async def take(self, batch: Batch) -> None:
-        """Folds a batch, heals its gaps, sets failed aggregates aside, then moves the position."""
-        if batch.events:
-            await self._fold(batch.events, light=batch.light)
-            tracing.collect(batch.events, self._links)
-        if batch.last_event_time is not None:
-            self._newest = batch.last_event_time
-        self.position = batch.position
-        self.progress.heartbeat = time.time()
-        self._show()
-        if self.dirty:
-            self._wake.set()
-        await self.make_way()
-
-    def _note(self, batch: Batch) -> None:
-        """What a batch of the stream tells of how far the partition is."""
-        progress, self._drained = self.progress, batch.drained
-        # Over about sixteen batches, so that neither a burst nor a pause says much by itself.
-        self._events = self._events * 15 / 16 + len(batch.events)
-        self._seconds = self._seconds * 15 / 16 + batch.seconds
-        progress.density = self._events / max(1.0, self._seconds)
-        progress.state, progress.error = ("live" if batch.drained else "catching_up"), None
-        self._show()
-
-    def _show(self) -> None:
-        progress, settled = self.progress, not self.dirty and not self._in_doubt
-        if settled:
-            progress.position = self.position
-        progress.caught_up = settled and self._drained
-        progress.pending = self.folder.pending
-
-    async def make_way(self) -> None:
-        """Called after each batch of events, from the stream or the log: waits while too much is folded and not written."""
-        self._batches = self._batches + 1 if self.folder.pending else 0
-        await self._wait_for_room()
-
-    async def _wait_for_room(self) -> None:
-        while (
-            self.folder.pending >= self.folder.limit
-            or self.folder.pending_bytes >= PENDING_BYTES
-            or self._batches >= PENDING_BATCHES
-        ):
-            if self._writer is None:  # the repair writes for itself
-                await self.flush()
-                continue
-            self._room.clear()
-            self._wake.set()
-            await self._room.wait()
-
-    async def portions(self, events: list[dict[str, Any]]) -> AsyncIterator[list[dict[str, Any]]]:
-        """A batch in parts that may be folded in one go; in between others in the process get their turn."""
-        start = 0
-        while start < len(events):
-            end = start + self.folder.portion
-            self._held = 0.0
-            yield events[start:end]
-            start = end
-            await give_way(self._held)
-            if start < len(events):
-                await self._wait_for_room()
-
-    def fold(self, events: list[dict[str, Any]], aside: Collection[str]) -> Outcome:
-        """Folds a part of a batch, and learns how long that takes."""
-        began = time.perf_counter()
-        outcome = self.folder.fold(events, aside)
-        took = time.perf_counter() - began
-        self.folder.typical.learn_fold(len(events), took)
-        self._held += took
-        self.metrics.fold_seconds.labels(self.name).observe(took)
-        return outcome
-
-    async def _fold(self, events: list[dict[str, Any]], *, light: bool) -> None:
-        async for portion in self.portions(events):
-            await self._fold_portion(portion, light=light)
-
-    async def _fold_portion(self, events: list[dict[str, Any]], *, light: bool) -> None:
-        # Not those that are aside: what is known of them must stay what their own turns have read.
-        await self.folder.load({event["aggregateId"] for event in events}.difference(self.aside.records))
-        if light:  # the events came without payload: whatever is new of them must be read from the log
-            gaps = {
-                e["aggregateId"]: int(e["sequenceNo"]) for e in events if e["aggregateId"] not in self.aside.records
-            }
-            gaps = {name: last for name, last in gaps.items() if last > self.folder.mark(name)}
-            failures: list[Failure] = []
-        else:
-            outcome = self.fold(events, self.aside.records)
-            self.aside.passed(outcome.passed)
-            gaps, failures, tally = outcome.gaps, outcome.failures, outcome.tally
-            self.count(applied=tally.applied, unhandled=tally.unhandled, aside=tally.aside, duplicate=tally.duplicate)
-            if tally.duplicate:
-                self.metrics.duplicates.labels(self.name).inc(tally.duplicate)
-        for failure in failures:
-            self.aside.fail(failure)
-        if gaps:
-            self.metrics.gaps.labels(self.name).inc(len(gaps))
-            await self.aside.heal_gaps(gaps)
-
-    def count(self, **outcomes: int) -> None:
-        """Counts events by outcome."""
-        for outcome, number in outcomes.items():
-            if number:
-                self.metrics.events.labels(self.name, outcome).inc(number)
-
-    @property
-    def name(self) -> str:
-        """The projection's name, as a label."""
-        return self.build.projection.name
-
-    # Writing
-
-    async def _write_loop(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self.dirty:
-                await self.flush()
-            self._room.set()
-
-    async def flush(self) -> None:
-        """Writes what has come together, by one transaction; aggregates that stand in its way are set aside first."""
-        async with self.between_writes():
-            position, newest = self.position, self._newest
-            self._in_doubt = True
-            self._batches = 0
-            changes, failures = self.folder.take()
-            self._room.set()
-            for failure in failures:
-                self.aside.fail(failure)
-            parked = self.aside.snapshot()
-            links, self._links = self._links, {}
-            started = time.perf_counter()
-            with tracing.span(f"project {self.name}", links.values(), events=changes.events):
-                while True:
-                    try:
-                        await self._transaction(changes, parked, position)
-                        break
-                    except EventFailedError as error:
-                        changes = self.aside.refuse(error.failure, changes, parked)
-            self._in_doubt = False
-            self.metrics.write_seconds.labels(self.name).observe(time.perf_counter() - started)
-            self.metrics.write_events.labels(self.name).observe(changes.events)
-            self._written_at = time.monotonic()
-            self.progress.position = self.progress.checkpoint = position
-            self._show()
-            if newest is not None:
-                self.metrics.last_applied.labels(self.name).set(newest)
-                self.metrics.delay_seconds.labels(self.name).observe(max(0.0, time.time() - newest))
-
-    async def _transaction(self, changes: Changes, parked: ParkedWrites, position: Position) -> None:
-        runs = 0
-
-        async def write(session: AsyncClientSession) -> None:
-            nonlocal runs
-            runs += 1
-            await self.checkpoint.move(position, session)
-            await changes.write(session)
-            await parked.write(session)
-
-        with pymongo.timeout(WRITE_SECONDS):
-            await self.checkpoint.session.with_transaction(write)
-        parked.done()
-        if runs > 1:
-            self.metrics.conflicts.labels(self.name).inc(runs - 1)
-
-
-class OwnSource:
-    """A source that reads a change stream of its own, a few batches ahead."""
-
-    def __init__(self, stream: EventStream, ahead: int = 2) -> None:
-        self._stream = stream
-        self._queue: asyncio.Queue[Batch | BaseException] = asyncio.Queue(ahead)
-        self._task = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        try:
-            while True:
-                await self._queue.put(await self._stream.next())
-        except Exception as error:  # noqa: BLE001 - handed to whoever asks next
-            await self._queue.put(error)
-
-    async def get(self, timeout: float) -> Batch | None:
-        """The next batch, or None after `timeout` seconds; raises what the stream raised."""
-        try:
-            async with asyncio.timeout(timeout):
-                found = await self._queue.get()
-        except TimeoutError:
-            return None
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    async def close(self) -> None:
-        """Ends reading and gives the cursor back."""
-        await tasks.end([self._task])
-        await self._stream.close()

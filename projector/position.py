@@ -1,8 +1,11 @@
 """Where a reader of the log's change stream stands.
 
 A position is the stream's *post-batch token*: it passes events that the reader's filter leaves out, so that it does not
-age on a quiet stream, and any filter can resume from it (an event's own token gives error 280 when the new filter hides
-that event). With it goes the cluster time, by which positions are compared.
+age on a quiet stream. With it goes the cluster time, by which positions are compared.
+
+After a full batch the post-batch token is that of the last event, from which no filter can resume that hides this event
+(error 280). So whoever resumes with other slots goes by the time alone: it sees the events of that time again, and its
+marks tell.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ _TIMESTAMP_TAG: Final = "82"
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A post-batch resume token and the cluster time that it stands for."""
+    """A post-batch resume token and the cluster time that it stands for: every event before that time has been read."""
 
-    token: Mapping[str, Any]
+    token: Mapping[str, Any] | None
+    """None: resume by the time."""
     cluster_time: Timestamp
 
     @classmethod
@@ -37,17 +41,9 @@ class Position:
         """From its form in a checkpoint."""
         return cls(document["token"], document["clusterTime"])
 
-    def order(self) -> tuple[Timestamp, str]:
-        """A key that sorts positions by how far they are.
-
-        Events of one transaction have one cluster time, and a position may lie among them: there the tokens tell, whose
-        hexadecimal form sorts as the server does.
-        """
-        return self.cluster_time, str(self.token.get("_data"))
-
     def dump(self) -> dict[str, Any]:
         """Its form in a checkpoint."""
-        return {"token": dict(self.token), "clusterTime": self.cluster_time}
+        return {"token": None if self.token is None else dict(self.token), "clusterTime": self.cluster_time}
 
 
 def _time_of(token: Mapping[str, Any]) -> Timestamp | None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from projector import scans, tasks, workers
+from eventstore import tasks
+from projector import scans, workers
 from projector.checkpoint import CHECKPOINTS, FencedError
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ import stamina
 import structlog
 from pymongo.errors import PyMongoError
 
-from eventstore import indexes
-from eventstore.client import connect, open_database
+from eventstore import indexes, tasks
+from eventstore.client import cause, connect, open_database
 from eventstore.logs import redact
-from projector import tasks
 from projector.http import serve
 from projector.supervisor import Supervisor
 
@@ -28,12 +27,15 @@ if TYPE_CHECKING:
     from eventstore.settings import EventStoreSettings
     from projector.metrics import Metrics
     from projector.settings import ProjectorSettings
-    from projector.supervisor import Catalog
+    from projector.wanted import Catalog
 
 __all__ = ["run_projector"]
 
 PING_SECONDS: Final = 1.0
 """`/readyz` waits no longer for MongoDB: Kubernetes' probes give up after a second by default."""
+
+STUCK_TICKS: Final = 5
+"""Deadlines of a tick after which only a restart helps: far beyond what a busy machine adds, and before a person looks."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -57,7 +59,7 @@ async def run_projector(
         database = open_database(client, settings.database or store.eventstore_database)
         supervisor = Supervisor(log, database, catalog(database), settings, metrics, uri=store.mongodb_uri)
         state = _State(supervisor, stopping)
-        async with serve(supervisor, metrics.registry, state.not_ready) as port:
+        async with serve(supervisor, metrics.registry, state.not_ready, state.stuck) as port:
             _log.info("projector_started", host=settings.http_host, port=port)
             if started is not None:
                 started(port)
@@ -67,12 +69,19 @@ async def run_projector(
 
 
 class _State:
-    """What `/readyz` answers."""
+    """What `/readyz` and `/healthz` answer."""
 
     def __init__(self, supervisor: Supervisor, stopping: asyncio.Event) -> None:
         self._supervisor = supervisor
         self._stopping = stopping
         self.waiting: str | None = "it has just been started"
+
+    def stuck(self) -> str | None:
+        """None while ticks begin and end, with whatever result: each has a deadline, so one that never ends is a defect."""
+        last, longest = self._supervisor.last_turn, STUCK_TICKS * self._supervisor.tick_seconds
+        if self._stopping.is_set() or last is None or time.monotonic() - last <= longest:
+            return None
+        return f"a tick has not ended for {longest:g} s"
 
     async def not_ready(self) -> str | None:
         """None when MongoDB answers and a tick went through lately."""
@@ -81,13 +90,14 @@ class _State:
         if self.waiting is not None:
             return self.waiting
         age = time.monotonic() - self._supervisor.last_tick
-        if age > 2 * max(self._supervisor.settings.lease_seconds, 5.0):  # a tick may take one of these, and then fail
+        if age > 2 * self._supervisor.tick_seconds:  # a tick may take one of these, and then fail
             return "no tick has gone through lately; the log has the reason"
         try:
             with pymongo.timeout(PING_SECONDS):
                 await self._supervisor.database.command("ping")
         except (PyMongoError, TimeoutError) as error:
-            return f"MongoDB does not answer: {redact(str(error)) or 'no answer in time'}"
+            why = redact(str(cause(self._supervisor.database.client, error)))
+            return f"MongoDB does not answer: {why or 'no answer in time'}"
         return None
 
 
@@ -113,9 +123,10 @@ async def _provisioned(log: Database, state: _State, *, provision: bool) -> None
                 else:
                     await log.command("ping")
             except PyMongoError as error:
-                reason = redact(str(error))
+                why = cause(log.client, error)
+                reason = redact(str(why))
                 if state.waiting != reason:
-                    _log.warning("waiting_for_event_store", error=type(error).__name__, reason=reason[:500])
+                    _log.warning("waiting_for_event_store", error=type(why).__name__, reason=reason[:500])
                 state.waiting = reason
                 raise
     state.waiting = None

@@ -11,20 +11,18 @@ own, and what it sees twice its marks tell. Post-batch tokens allow it: any filt
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-from projector import tasks
-from projector.partition import OwnSource
+from eventstore import tasks
 from projector.stream import BATCH_EVENTS, Batch, EventStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from eventstore.client import Database
-    from projector.partition import Source
     from projector.position import Position
 
-__all__ = ["Sources"]
+__all__ = ["OwnSource", "Source", "Sources"]
 
 AHEAD: Final = 3
 """Batches that wait for a partition: more would only be memory, for the writer is the slowest part."""
@@ -32,6 +30,48 @@ AHEAD: Final = 3
 PATIENCE_SECONDS: Final = 1.0
 """How long the shared stream waits for a partition whose queue is full before it goes on without it. Shorter, and partitions
 of like speed would be torn apart for nothing; longer, and one that is stuck would hold up the others."""
+
+
+class Source(Protocol):
+    """Where batches come from: a stream of one's own, or a share of the process's."""
+
+    async def get(self, timeout: float) -> Batch | None:
+        """The next batch, or None after `timeout` seconds. Raises PositionLostError and errors of pymongo."""
+
+    async def close(self) -> None:
+        """Ends it."""
+
+
+class OwnSource:
+    """A source that reads a change stream of its own, a few batches ahead."""
+
+    def __init__(self, stream: EventStream, ahead: int = 2) -> None:
+        self._stream = stream
+        self._queue: asyncio.Queue[Batch | BaseException] = asyncio.Queue(ahead)
+        self._task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                await self._queue.put(await self._stream.next())
+        except Exception as error:  # noqa: BLE001 - handed to whoever asks next
+            await self._queue.put(error)
+
+    async def get(self, timeout: float) -> Batch | None:
+        """The next batch, or None after `timeout` seconds; raises what the stream raised."""
+        try:
+            async with asyncio.timeout(timeout):
+                found = await self._queue.get()
+        except TimeoutError:
+            return None
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    async def close(self) -> None:
+        """Ends reading and gives the cursor back."""
+        await tasks.end([self._task])
+        await self._stream.close()
 
 
 class _Share:

@@ -14,7 +14,7 @@ import structlog
 from pymongo import UpdateOne
 from pymongo.errors import OperationFailure
 
-from projector import tasks
+from eventstore import tasks
 from projector.catalog import STATUS
 from projector.parking import PARKED, build_range
 from projector.scans import progress_of
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from projector.build import Build
     from projector.builds import Control
     from projector.metrics import Metrics
-    from projector.partition import Partition, Progress
+    from projector.partition import Partition
+    from projector.progress import Progress
 
 __all__ = ["REPORTS", "Reports", "oplog_start"]
 

@@ -212,8 +212,14 @@ class EventStream:
         match = {"operationType": "insert"} | (
             {} if every else {"fullDocument.slot": {"$gte": self._slots.start, "$lt": self._slots.stop}}
         )
+        position = self.position
+        start = (
+            {"startAtOperationTime": position.cluster_time}
+            if position.token is None
+            else {"resumeAfter": position.token}
+        )
         pipeline = [
-            {"$changeStream": {"resumeAfter": self.position.token}},
+            {"$changeStream": start},
             {"$match": match},
             {"$project": event_fields(() if self._light else self._fields)},
         ]

@@ -13,15 +13,15 @@ import random
 import time
 import uuid
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import pymongo
 import structlog
 from pymongo.errors import OperationFailure, PyMongoError
 
-from eventstore import tracing
+from eventstore import tasks, tracing
+from eventstore.client import cause
 from eventstore.errors import Meaning, classify
-from projector import tasks
 from projector.aside import StoppedError
 from projector.builds import (
     Control,
@@ -44,7 +44,7 @@ from projector.status import Reports
 
 if TYPE_CHECKING:
     import datetime
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from pydantic import SecretStr
 
@@ -53,58 +53,19 @@ if TYPE_CHECKING:
     from projector.builds import BuildRecord
     from projector.checkpoint import PartitionId
     from projector.metrics import Metrics
-    from projector.partition import Source
     from projector.position import Position
     from projector.projection import Projection
     from projector.settings import ProjectorSettings
+    from projector.sources import Source
+    from projector.wanted import Catalog, Wanted
 
-__all__ = ["Catalog", "FixedCatalog", "Supervisor", "Wanted"]
+__all__ = ["Supervisor"]
 
 _log = structlog.stdlib.get_logger(__name__)
 
 TICKS_PER_LEASE: Final = 5
 LONGEST_TICK_SECONDS: Final = 1.0
-
-
-class Wanted:
-    """A projection that shall run, and how."""
-
-    def __init__(
-        self,
-        projection: Projection,
-        *,
-        partitions: int | None = None,
-        paused: bool = False,
-        manual_cutover: bool = False,
-    ) -> None:
-        self.projection = projection
-        self.partitions = partitions
-        """None: as it is, or as `projector partitions` set it."""
-        self.paused = paused
-        self.manual_cutover = manual_cutover
-
-
-class Catalog(Protocol):
-    """Where the projections come from."""
-
-    @property
-    def problems(self) -> Mapping[str, str]:
-        """What was wrong with a projection's definition, by its name, at the last call of `wanted`."""
-
-    async def wanted(self) -> Sequence[Wanted]:
-        """All that shall run now; called every tick."""
-
-
-class FixedCatalog:
-    """Projections that were loaded once, from a folder or from modules."""
-
-    def __init__(self, projections: Sequence[Projection]) -> None:
-        self.problems: Mapping[str, str] = {}
-        self._wanted = [Wanted(projection) for projection in projections]
-
-    async def wanted(self) -> Sequence[Wanted]:
-        """The same every time."""
-        return self._wanted
+SHORTEST_DEADLINE_SECONDS: Final = 5.0
 
 
 class _Running:
@@ -168,6 +129,10 @@ class Supervisor:
         """What the catalog wanted last, by name."""
         self.last_tick = 0.0
         """`time.monotonic()` of the last tick that went through."""
+        self.last_turn: float | None = None
+        """The same of the last one that ended at all; None before the first begins."""
+        self.tick_seconds = max(settings.lease_seconds, SHORTEST_DEADLINE_SECONDS)
+        """A tick that takes longer fails."""
         self._catalog = catalog
         self._started: set[str] = set()
         self._able: dict[tuple[str, datetime.datetime], Build] = {}  # also builds that are not to run: for a rollback
@@ -185,9 +150,10 @@ class Supervisor:
         tick = min(LONGEST_TICK_SECONDS, self.settings.lease_seconds / TICKS_PER_LEASE)
         try:
             while not stopping.is_set():
+                self.last_turn = time.monotonic()
                 try:
                     # pymongo's own deadline: to cancel it amid a server selection can leave its locks in disorder.
-                    with pymongo.timeout(max(self.settings.lease_seconds, 5.0)):
+                    with pymongo.timeout(self.tick_seconds):
                         await self.tick()
                     self.last_tick = time.monotonic()
                     self._trouble = ""
@@ -202,6 +168,7 @@ class Supervisor:
 
     def _report(self, error: Exception) -> None:
         """One line for each new kind of trouble, not one for each tick."""
+        error = cause(self.database.client, error)
         trouble = f"{type(error).__name__} {getattr(error, 'code', None)}"
         if trouble != self._trouble:
             self._trouble = trouble

@@ -22,9 +22,10 @@ import uvloop
 from pydantic import SecretStr
 from pymongo.errors import AutoReconnect
 
+from eventstore import tasks
 from eventstore.client import connect, open_database
 from eventstore.errors import Meaning, classify
-from projector import collector, tasks
+from projector import collector
 from projector.aside import StoppedError
 from projector.build import Build
 from projector.checkpoint import FencedError

@@ -22,19 +22,21 @@ from projector.builds import ensure_build
 from projector.checkpoint import PartitionId
 from projector.metrics import Metrics
 from projector.parking import PARKED
-from projector.partition import OwnSource, Partition
+from projector.partition import Partition
 from projector.projection import DELETE, Projection
 from projector.settings import ProjectorSettings
+from projector.sources import OwnSource
 from projector.stream import EventStream
-from projector.supervisor import FixedCatalog, Supervisor
+from projector.supervisor import Supervisor
+from projector.wanted import FixedCatalog
 from tests.eventually import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from eventstore.client import Database
-    from projector.partition import Source
     from projector.position import Position
+    from projector.sources import Source
 
 __all__ = [
     "Document",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from pymongo.errors import PyMongoError
 
-from eventstore.client import Client, Database, connect, open_database
+from eventstore.client import Client, Database, cause, connect, open_database
 from eventstore.errors import Meaning, classify
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _AWAY_SECONDS: Final = 5.0
 class MongoAwayError(Exception):
     """MongoDB could not be reached a moment ago, and was not asked again; `error` is what it was then."""
 
-    def __init__(self, error: PyMongoError) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
 
@@ -47,7 +47,7 @@ class Mongo:
         self.client: Client = connect(uri, "operator")
         self._builds: Client | None = None
         self._turns = asyncio.Semaphore(_AT_ONCE)
-        self._away: tuple[float, PyMongoError] | None = None
+        self._away: tuple[float, Exception] | None = None
 
     def database(self, name: str) -> Database:
         """A database for short questions and writes."""
@@ -73,18 +73,12 @@ class Mongo:
             except PyMongoError as error:
                 if classify(error) is not Meaning.UNAVAILABLE:
                     raise
-                refusal = self._refusal()
-                self._away = time.monotonic() + _AWAY_SECONDS, refusal or error
-                if refusal is None:
+                reason = cause(self.client, error)
+                self._away = time.monotonic() + _AWAY_SECONDS, reason
+                if reason is error:
                     raise
-                raise refusal from error
+                raise reason from error
             self._away = None
-
-    def _refusal(self) -> PyMongoError | None:
-        """The error by which a server refused us, when that is why none can be found."""
-        servers = self.client.topology_description.server_descriptions().values()
-        errors = (server.error for server in servers)
-        return next((error for error in errors if isinstance(error, PyMongoError) and _denied(error)), None)
 
     async def retire(self) -> None:
         """Closes it once the passes that use it are through."""
@@ -97,10 +91,6 @@ class Mongo:
         await self.client.close()
         if self._builds is not None:
             await self._builds.close()
-
-
-def _denied(error: PyMongoError) -> bool:
-    return classify(error) is Meaning.DENIED
 
 
 class Connections:

@@ -21,7 +21,8 @@ from eventstore.settings import EventStoreSettings
 from projector.declared import from_definition
 from projector.metrics import Metrics
 from projector.settings import ProjectorSettings
-from projector.supervisor import FixedCatalog, Supervisor
+from projector.supervisor import Supervisor
+from projector.wanted import FixedCatalog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

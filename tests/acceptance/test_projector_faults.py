@@ -19,11 +19,11 @@ from pydantic import SecretStr
 from pymongo.errors import DuplicateKeyError, PyMongoError
 from pymongo.write_concern import WriteConcern
 
+from eventstore import tasks
 from eventstore.client import connect, open_database
 from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
 from eventstore.event import EVENTS
 from eventstore.indexes import provision
-from projector import tasks
 from projector.behind import differences
 from projector.build import Build
 from projector.builds import set_control

@@ -70,6 +70,19 @@ def test_rules_are_taken_over_word_for_word(run_helm: Helm, chart_with_files: Pa
     assert rule["spec"]["groups"] == groups
 
 
+@pytest.mark.parametrize("missing", ["projector", "operator"])
+def test_what_a_release_does_not_run_is_not_missed(run_helm: Helm, missing: str) -> None:
+    values = EMBEDDED | {missing: {"enabled": False}, "monitoring": {"prometheusRule": {"enabled": True}}}
+    text = run_helm(
+        "template", "shop", str(CHART), "--namespace=shop", f"--kube-version={KUBERNETES}",
+        *(f"--api-versions={api}" for api in MONITORING), values=values,
+    )  # fmt: skip
+    rule = find([each for each in yaml.safe_load_all(text) if each], "PrometheusRule", "shop-eventprojector")
+    alerts = {each.get("alert") for group in rule["spec"]["groups"] for each in group["rules"]}
+    absent = {"ProjectorMetricsAbsent", "OperatorMetricsAbsent"}
+    assert absent - alerts == {f"{missing.capitalize()}MetricsAbsent"}
+
+
 def test_alerts_can_be_left_out_and_labelled(run_helm: Helm, chart_with_files: Path) -> None:
     values = {"enabled": True, "excludeRules": ["Slow"], "ruleLabels": {"team": "orders"}}
     rule = find(monitoring(run_helm, chart_with_files, prometheusRule=values), "PrometheusRule", "shop-eventprojector")

@@ -12,8 +12,8 @@ from bson.timestamp import Timestamp
 from projector.builds import Control
 from projector.checkpoint import PartitionId
 from projector.metrics import Metrics
-from projector.partition import Progress
 from projector.position import Position
+from projector.progress import Progress
 from projector.status import Reports
 
 

@@ -33,13 +33,6 @@ def test_a_token_that_cannot_be_read_takes_the_time_at_hand(data: object) -> Non
     assert Position.of({"_data": data}, Timestamp(7, 8)).cluster_time == Timestamp(7, 8)
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), st.text(HEX, min_size=1, max_size=4)), min_size=2))
-def test_positions_are_ordered_by_time_and_then_by_token(pairs: list[tuple[int, str]]) -> None:
-    positions = [Position.of({"_data": f"82{time:08X}{1:08X}{rest}"}, Timestamp(0, 0)) for time, rest in pairs]
-    found = sorted(positions, key=Position.order)
-    assert [str(each.token["_data"]) for each in found] == sorted(str(each.token["_data"]) for each in positions)
-
-
 @given(count=st.integers(1, 64))
 def test_partitions_share_all_slots(count: int) -> None:
     shares = [PartitionId("b", number, count).slots for number in range(count)]

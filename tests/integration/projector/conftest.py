@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from projector import partition, stream
+from projector import loop, stream
 
 __all__ = ["brisk"]
 
@@ -12,5 +12,5 @@ __all__ = ["brisk"]
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "WAIT_MS", 50)
-    monkeypatch.setattr(partition, "TICK_SECONDS", 0.05)
-    monkeypatch.setattr(partition, "COMMAND_SECONDS", 0.1)
+    monkeypatch.setattr(loop, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(loop, "COMMAND_SECONDS", 0.1)

@@ -19,10 +19,11 @@ from pydantic import SecretStr
 from pymongo.errors import PyMongoError
 from pymongo.monitoring import CommandListener
 
+from eventstore import tasks
 from eventstore.client import Client, Database, connect, open_database
 from eventstore.event import EVENTS
 from eventstore.indexes import provision
-from projector import aside, owned, parking, partition, rebuild, repair, shared, stream, tasks
+from projector import aside, loop, owned, parking, partition, rebuild, repair, shared, stream
 from projector.behind import marks_of
 from projector.build import Build
 from projector.builds import ensure_build
@@ -54,7 +55,7 @@ ROOMS = st.lists(st.sampled_from(["red", "blue", 7]), max_size=3)
 TINY: dict[Any, dict[str, Any]] = {
     stream: {"BATCH_EVENTS": 3},
     repair: {"BATCH_EVENTS": 3, "GROUP": 2},
-    partition: {
+    loop: {
         "PENDING_BATCHES": 2, "TICK_SECONDS": 0.05, "IDLE_CHECKPOINT_SECONDS": 0.1, "COMMAND_SECONDS": 0.1,
     },
     owned: {"CACHED_AGGREGATES": 2, "PENDING_EVENTS": 4},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from projector import partition as partition_module
+from projector import loop as loop_module
 from projector import status
 from projector.builds import set_control
 from projector.catalog import read_statuses
@@ -28,7 +28,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 
 async def test_idle_is_not_lag_and_the_heart_beats(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition_module, "IDLE_CHECKPOINT_SECONDS", 0.2)
+    monkeypatch.setattr(loop_module, "IDLE_CHECKPOINT_SECONDS", 0.2)
     metrics, writer = Metrics(), Writer(database)
     async with running(database, [ledger()], metrics, lease_seconds=1.0) as supervisor:
         await writer.append("a")
@@ -54,7 +54,7 @@ async def test_what_cannot_be_written_shows_as_lag_and_backlog(
 ) -> None:
     metrics, writer = Metrics(), Writer(database)
     go_on = asyncio.Event()
-    real = partition_module._Loop._transaction
+    real = loop_module.Loop._transaction
 
     async def stands(self: Any, *rest: Any) -> None:
         await go_on.wait()
@@ -63,7 +63,7 @@ async def test_what_cannot_be_written_shows_as_lag_and_backlog(
     async with running(database, [ledger()], metrics, lease_seconds=1.0):
         await writer.append("a")
         await eventually_equal(lambda: documents(database, "ledger"), expected_ledgers(await all_events(database)))
-        monkeypatch.setattr(partition_module._Loop, "_transaction", stands)
+        monkeypatch.setattr(loop_module.Loop, "_transaction", stands)
         for _ in range(5):
             await writer.append("a")
         await eventually(same(lambda: value(metrics, "projector_lag_seconds") > 1))

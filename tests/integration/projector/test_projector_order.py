@@ -28,6 +28,7 @@ from tests.projecting import (
     only,
     parked,
     rooms,
+    same,
 )
 
 if TYPE_CHECKING:
@@ -278,9 +279,11 @@ async def test_thousands_of_gaps_are_read_in_groups(database: Database, client: 
     build = await begun(database, ledger())
     writer = Writer(database)
     names = [f"aggregate-{number:04}" for number in range(1_000)]
-    async with Here(database).runs(build, only(build)) as partition:
+    here = Here(database)
+    async with here.runs(build, only(build)):
         await writer.insert([writer.next(name, "noise") for name in names])
-        await eventually(lambda: live(partition))
+        unhandled = {"projection": "ledger", "outcome": "unhandled"}
+        await eventually(same(lambda: metric(here.metrics, "projector_events_total", **unhandled) == 1_000))
     here = Here(database)
     before = await queries(client)
     async with here.runs(build, only(build)) as partition:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from projector import partition as partition_module
-from projector import tasks
+from eventstore import tasks
+from projector import loop as loop_module
 from projector.build import Build
 from projector.builds import read_control, set_control
 from projector.checkpoint import CHECKPOINTS, Checkpoint, FencedError
@@ -139,17 +139,17 @@ async def test_a_stale_owners_write_leaves_no_trace(
     writer = Writer(database)
     first, second = Here(database, "first"), Here(database, "second")
     standing, go_on = asyncio.Event(), asyncio.Event()
-    real = partition_module._Loop._transaction
+    real = loop_module.Loop._transaction
 
     async def stands(self: Any, *rest: Any) -> None:
-        if self._owner._around is first:
+        if self.metrics is first.metrics:
             standing.set()
             await go_on.wait()
         await real(self, *rest)
 
     task = asyncio.create_task(Partition(first, build, only(build)).run())
     await eventually(lambda: stored_owner(database, "first"))
-    monkeypatch.setattr(partition_module._Loop, "_transaction", stands)
+    monkeypatch.setattr(loop_module.Loop, "_transaction", stands)
     await writer.append("a", "counted", "counted", rooms=["x"])
     await standing.wait()
     async with second.runs(build, only(build)):

@@ -16,7 +16,7 @@ from eventstore.client import Client, Database, connect, open_database
 from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
 from eventstore.event import EVENTS, slot_of
 from eventstore.indexes import provision
-from projector import partition as partition_module
+from projector import loop as loop_module
 from projector.aside import StoppedError
 from projector.changes import StaleMarksError
 from projector.checkpoint import CHECKPOINTS, Checkpoint, PartitionId, ensure_layout
@@ -129,7 +129,7 @@ async def position_of_now(database: Database) -> Timestamp:
 
 async def test_the_checkpoint_of_a_quiet_partition_moves(small: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it runs, a token does not age out, though no event comes: the oplog rolls past where it began, and it does not care."""
-    monkeypatch.setattr(partition_module, "IDLE_CHECKPOINT_SECONDS", 0.1)
+    monkeypatch.setattr(loop_module, "IDLE_CHECKPOINT_SECONDS", 0.1)
     build = await begun(small, ledger())
     writer, here = Writer(small), Here(small)
     await writer.append("a")
@@ -247,13 +247,13 @@ async def test_an_oversized_change_event_is_read_from_the_log(small: Database) -
 def announced(monkeypatch: pytest.MonkeyPatch, method: str) -> asyncio.Event:
     """Set when a method of the loop is called."""
     called = asyncio.Event()
-    real = getattr(partition_module._Loop, method)
+    real = getattr(loop_module.Loop, method)
 
     async def announcing(self: Any, *rest: Any) -> None:
         called.set()
         await real(self, *rest)
 
-    monkeypatch.setattr(partition_module._Loop, method, announcing)
+    monkeypatch.setattr(loop_module.Loop, method, announcing)
     return called
 
 
@@ -271,7 +271,7 @@ async def test_a_shutdown_does_not_pass_what_a_write_under_way_then_loses(
         raise AutoReconnect("the connection was lost")
 
     async with here.runs(build, only(build)) as partition:
-        monkeypatch.setattr(partition_module._Loop, "_transaction", fails)
+        monkeypatch.setattr(loop_module.Loop, "_transaction", fails)
         await writer.append("a")
         await under_way.wait()
         partition.stop()
@@ -290,9 +290,9 @@ async def test_an_idle_checkpoint_does_not_pass_what_a_failed_write_lost(
     build = await begun(database, ledger())
     writer, here = Writer(database), Here(database)
     async with here.runs(build, only(build)):
-        monkeypatch.setattr(partition_module, "IDLE_CHECKPOINT_SECONDS", 0.0)
+        monkeypatch.setattr(loop_module, "IDLE_CHECKPOINT_SECONDS", 0.0)
         moving = announced(monkeypatch, "_move_checkpoint")
-        real = partition_module._Loop._transaction
+        real = loop_module.Loop._transaction
         failed = False
 
         async def fails_once(self: Any, *rest: Any) -> None:
@@ -304,7 +304,7 @@ async def test_an_idle_checkpoint_does_not_pass_what_a_failed_write_lost(
                 raise ConnectionFailure("the connection was lost")
             await real(self, *rest)
 
-        monkeypatch.setattr(partition_module._Loop, "_transaction", fails_once)
+        monkeypatch.setattr(loop_module.Loop, "_transaction", fails_once)
         await writer.append("a")
         await eventually_equal(
             lambda: documents(database, build.collection), expected_ledgers(await all_events(database))
@@ -423,7 +423,7 @@ async def test_a_token_that_the_server_cannot_read_is_repaired(database: Databas
 async def test_a_change_of_partitions_amid_a_transaction_loses_nothing(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two partitions stand at the same cluster time, one of them amid the events of a transaction: it is the older one."""
+    """Two partitions stand at the same cluster time, one of them amid the events of a transaction."""
     from projector import stream
 
     monkeypatch.setattr(stream, "BATCH_EVENTS", 2)
@@ -450,10 +450,39 @@ async def test_a_change_of_partitions_amid_a_transaction_loses_nothing(
         await reader.close()
     times = {bson.encode({"t": each["clusterTime"]}) async for each in database[CHECKPOINTS].find()}
     assert len(times) == 1, "the server has given the events of a transaction several times"
-    amid = (await stored_position(database, 1))["token"]
     await ensure_layout(database, build.id, 1)
-    assert (await stored_position(database, 0))["token"] == amid
-    # Nothing of it was applied, so what comes is what this position brings: all but what the second one had read.
-    expected = {name: {"_id": name, "applied": [1]} for name in names[4:]}
+    # Nothing of it was applied, and all of it comes again.
+    expected = {name: {"_id": name, "applied": [1]} for name in names}
     async with here.runs(build, only(build)):
         await eventually_equal(lambda: documents(database, build.collection), expected)
+
+
+@KINDS
+async def test_a_change_of_partitions_after_a_full_batch_loses_no_position(
+    database: Database, make: Any, expect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token after a full batch is its last event's own, from which no partition can resume that does not read that event."""
+    from projector import stream
+
+    build = await begun(database, make())
+    first, second = (PartitionId(build.id, number, 2) for number in range(2))
+    several = [f"{number:03}" for number in range(100)]
+    names = [name for part in (first, second) for name in [each for each in several if slot_of(each) in part.slots][:4]]
+    here, writer = Here(database), Writer(database)
+    for name in names:
+        await writer.append(name, rooms=["x"])
+    monkeypatch.setattr(stream, "BATCH_EVENTS", 4)
+    reader = EventStream(database, Position.load(await stored_position(database)))
+    seen: list[dict[str, Any]] = []
+    while len(seen) < 4:
+        seen += (await reader.next()).events
+    await reader.close()
+    await database[CHECKPOINTS].update_one({"build": build.id}, {"$set": reader.position.dump()})
+    monkeypatch.undo()
+    await ensure_layout(database, build.id, 2)
+    async with here.runs(build, first), here.runs(build, second):
+        for name in names:  # what was passed and never applied is a gap before these
+            await writer.append(name, rooms=["x"])
+        await eventually_equal(lambda: documents(database, build.collection), expect(await all_events(database)))
+    restarts = {"projection": build.projection.name, "reason": "history_lost"}
+    assert metric(here.metrics, "projector_stream_restarts_total", **restarts) == 0

@@ -9,7 +9,7 @@ import pytest
 from bson.raw_bson import RawBSONDocument
 
 from eventstore.event import EVENTS
-from projector import changes, owned, partition
+from projector import changes, loop, owned
 from projector import stream as stream_module
 from projector.declared import from_definition
 from projector.projection import Projection
@@ -118,7 +118,7 @@ async def test_a_batch_of_large_documents_is_read_in_portions(
     """Documents of 1 MiB, a hundred of them in one batch: no more of them at once than the bounds allow."""
     monkeypatch.setattr(changes, "PORTION_BYTES", 4 * 2**20)
     monkeypatch.setattr(owned, "CACHED_BYTES", 4 * 2**20)
-    monkeypatch.setattr(partition, "PENDING_BYTES", 4 * 2**20)
+    monkeypatch.setattr(loop, "PENDING_BYTES", 4 * 2**20)
     projection = Projection("large")
 
     @projection.on("*")

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from pymongo.errors import OperationFailure
 
+from eventstore import tasks
 from eventstore.client import connect, open_database
 from eventstore.event import EVENTS
 from eventstore.indexes import provision
-from projector import rebuild, scan, scans, tasks
+from projector import rebuild, scan, scans
 from projector.build import Build
 from projector.builds import drop_build, ensure_build, read_builds, read_control, set_control, start_rebuild
 from projector.catalog import STATUS
@@ -32,7 +33,8 @@ from projector.parking import PARKED
 from projector.projection import Projection
 from projector.scan import Pace, Scanner
 from projector.scans import SCANS
-from projector.supervisor import FixedCatalog, Supervisor
+from projector.supervisor import Supervisor
+from projector.wanted import FixedCatalog
 from tests.eventually import eventually, eventually_equal
 from tests.projecting import (
     Faults,
