@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pymongo
 from bson.int64 import Int64
 
+from eventstore import tasks
 from eventstore.event import EVENTS
 from eventstore.indexes import AGGREGATE_SEQUENCE
 from projector import scans
@@ -147,11 +148,18 @@ class Scanner:
         )
         folding: _Folding | None = None
         async with cursor:
-            while events := await cursor.to_list(READ_EVENTS):
-                folding = self._fold(events, folding)
-                if self._pending.full:
-                    await self._flush(range_)
-                await self._pace.spend(len(events))
+            reading = asyncio.create_task(cursor.to_list(READ_EVENTS))
+            try:
+                while events := await reading:
+                    # MongoDB reads the next batch while this one is folded.
+                    reading = asyncio.create_task(cursor.to_list(READ_EVENTS))
+                    await asyncio.sleep(0)  # lets it ask
+                    folding = self._fold(events, folding)
+                    if self._pending.full:
+                        await self._flush(range_)
+                    await self._pace.spend(len(events))
+            finally:
+                await tasks.end([reading])
         if folding is not None:
             self._close(folding)
         await self._flush(range_, done=True)

@@ -207,7 +207,9 @@ async def _main(job: Job) -> _LastWords:
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, scan: asyncio.Task[None]) -> None:
     """Ends the worker when its stdin does: at once, or at the latest in a while when its loop is stuck in a handler."""
-    sys.stdin.buffer.read()
+    # Past Python's own buffer, whose lock a thread that is still reading keeps: the interpreter would wait a second for it to end.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
     with contextlib.suppress(RuntimeError):  # the loop has ended already
         loop.call_soon_threadsafe(scan.cancel)
     timer = threading.Timer(STOP_SECONDS, os._exit, args=(1,))

@@ -283,7 +283,7 @@ async def test_thousands_of_gaps_are_read_in_groups(database: Database, client: 
     async with here.runs(build, only(build)):
         await writer.insert([writer.next(name, "noise") for name in names])
         unhandled = {"projection": "ledger", "outcome": "unhandled"}
-        await eventually(same(lambda: metric(here.metrics, "projector_events_total", **unhandled) == 1_000))
+        await eventually(same(lambda: metric(here.metrics, "projector_events_processed_total", **unhandled) == 1_000))
     here = Here(database)
     before = await queries(client)
     async with here.runs(build, only(build)) as partition:
