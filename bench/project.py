@@ -22,8 +22,6 @@ from bench import logs, project_ours, project_peers
 from eventstore.embedded import ReplicaSet
 from eventstore.event import EVENTS
 from projector.checkpoint import CHECKPOINTS
-from projector.lease import LEASES
-from projector.status import REPORTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -110,7 +108,7 @@ def live(client: MongoClient[Document]) -> None:
         if events is logs.receipt and not logs.RECEIPT.is_file():
             print(f"(without {logs.RECEIPT.name}: it is not there)\n")
             continue
-        rows.append([title, *_live(client, events(EVENTS_COUNT))])
+        rows.append([title, *_live(client, events)])
     heads = ["interleaving", "**projector**", "naive loop", "batched by hand", "stream drained", "stream raw"]
     table(
         [*heads, "documents alone", "x naive", "x batched", "of the slower ceiling", "MiB"],
@@ -118,35 +116,37 @@ def live(client: MongoClient[Document]) -> None:
     )
 
 
-def _live(client: MongoClient[Document], events: Iterable[Document]) -> list[str]:
+def _live(client: MongoClient[Document], events: Callable[[int], Iterable[Document]]) -> list[str]:
     name, uri = "live", uri_of(client)
     database = client[name]
-    logs.provision(database)
-    apart(project_ours.begin, uri, name, 1)
-    begun = list(database[CHECKPOINTS].find())
-    token = begun[0]["token"]
-    count = logs.write(database, events)
     rates: dict[str, list[float]] = {}
 
-    def measure(peer: Callable[..., float], size: int) -> None:
-        rates.setdefault(peer.__name__, []).append(size / apart(peer, uri, name, token, size))
+    def begin() -> Document:
+        """A log of its own for each: what others have written meanwhile, a stream would have to pass over at its end."""
+        logs.provision(database)
+        apart(project_ours.begin, uri, name, 1)
+        token: Document = database[CHECKPOINTS].find_one({}, {"token": 1})["token"]  # type: ignore[index]
+        logs.write(database, events(EVENTS_COUNT))
+        return token
+
+    def measure(peer: Callable[..., float], size: int = EVENTS_COUNT) -> None:
+        rates.setdefault(peer.__name__, []).append(size / apart(peer, uri, name, begin(), size))
         if peer in (project_peers.batched, project_peers.documents_alone):
-            logs.check(database, project_peers.MODEL, count)
-        database.drop_collection(project_peers.MODEL)
+            logs.check(database, project_peers.MODEL, EVENTS_COUNT)
 
     measure(project_peers.naive, NAIVE_EVENTS)
     ours: list[float] = []
     batched: list[float] = []
     ceilings: list[float] = []
     for turn in range(TURNS):
-        measure(project_peers.batched, count)
-        measure(project_peers.drained, count)
-        measure(project_peers.drained_raw, count)
-        measure(project_peers.documents_alone, count)
-        _begin_again(database, begun)
-        found = apart(project_ours.follow, uri, name, 1, count)
-        logs.check(database, project_ours.names(1)[0], count)
-        ours.append(count / found["seconds"])
+        measure(project_peers.batched)
+        measure(project_peers.drained)
+        measure(project_peers.drained_raw)
+        measure(project_peers.documents_alone)
+        begin()
+        found = apart(project_ours.follow, uri, name, 1, EVENTS_COUNT)
+        logs.check(database, project_ours.names(1)[0], EVENTS_COUNT)
+        ours.append(EVENTS_COUNT / found["seconds"])
         batched.append(ours[turn] / rates["batched"][turn])
         ceilings.append(ours[turn] / min(rates["drained"][turn], rates["documents_alone"][turn]))
     rate = statistics.median(ours)
@@ -158,15 +158,6 @@ def _live(client: MongoClient[Document], events: Iterable[Document]) -> list[str
         f"{statistics.median(ceilings):.0%}",
         f"{found['memory'] / 2**20:.0f}",
     ]
-
-
-def _begin_again(database: Database[Document], begun: list[Document]) -> None:
-    """Empties the read model and sets its checkpoints back to where they were before the first event."""
-    epoch = max(row["epoch"] for row in database[CHECKPOINTS].find())
-    for collection in (LEASES, REPORTS, f"{project_ours.names(1)[0]}.v1"):
-        database[collection].delete_many({})
-    for row in begun:
-        database[CHECKPOINTS].replace_one({"_id": row["_id"]}, row | {"epoch": epoch + 1})
 
 
 # Latency

@@ -162,11 +162,11 @@ class Statements:
         self.authors.append(author)
         return size
 
-    def without(self, author: str) -> Statements:
-        """The same without the parts of one aggregate."""
+    def without(self, authors: Collection[str]) -> Statements:
+        """The same without the parts of some aggregates."""
         kept = Statements()
         for part, size, each in zip(self.parts, self.sizes, self.authors, strict=True):
-            if each != author:
+            if each not in authors:
                 kept.parts.append(part)
                 kept.sizes.append(size)
                 kept.authors.append(each)
@@ -286,6 +286,9 @@ class Folder(abc.ABC):
         """How many events may be folded in one go: fewer, the larger the documents are and the longer a fold takes."""
         by_time = int(SLICE_SECONDS / self.typical.fold_seconds)
         return max(1, min(PORTION_BYTES // self.typical.bytes, by_time, self.limit))
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to do
+        """Does already what it can of the next `take`: worth it while the writes before are still under way."""
 
     @abc.abstractmethod
     def take(self) -> tuple[Changes, list[Failure]]:

@@ -226,6 +226,8 @@ class Loop:
                 continue
             self._room.clear()
             self._wake.set()
+            if self._in_doubt:
+                self.folder.prepare()  # so that MongoDB need not wait for it when it has done with the write before
             await self._room.wait()
 
     async def portions(self, events: list[dict[str, Any]]) -> AsyncIterator[list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ from projector.changes import (
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from pymongo.asynchronous.client_session import AsyncClientSession
 
@@ -82,12 +83,17 @@ class OwnedChanges(Changes):
         await write_documents(self._database, self._build.collection, self._build.marks, self._writes, session)
 
     def without(self, aggregate_id: str) -> Changes:
-        old = self._writes
-        new = DocumentWrites(old.inserts.without(aggregate_id), old.replaces.without(aggregate_id))
-        new.deletes = [key for key in old.deletes if key != aggregate_id]
-        new.marks = {key: mark for key, mark in old.marks.items() if key != aggregate_id}
+        new = _without(self._writes, {aggregate_id})
         aggregates = {key: mark for key, mark in self._aggregates.items() if key != aggregate_id}
         return OwnedChanges(self._database, self._build, new, aggregates, self.events)
+
+
+def _without(old: DocumentWrites, aggregate_ids: AbstractSet[str]) -> DocumentWrites:
+    """The writes without those of some aggregates."""
+    new = DocumentWrites(old.inserts.without(aggregate_ids), old.replaces.without(aggregate_ids))
+    new.deletes = [key for key in old.deletes if key not in aggregate_ids]
+    new.marks = {key: mark for key, mark in old.marks.items() if key not in aggregate_ids}
+    return new
 
 
 class OwnedFolder(Folder):
@@ -99,7 +105,11 @@ class OwnedFolder(Folder):
         self._projection = build.projection
         self._young: dict[str, _Entry] = {}
         self._old: dict[str, _Entry] = {}
+        # On its way to MongoDB an entry is dirty, then prepared (encoded, in `_writes` or `_failures`), then in flight.
         self._dirty: dict[str, _Entry] = {}
+        self._prepared: dict[str, _Entry] = {}
+        self._writes = DocumentWrites()
+        self._failures: dict[str, Failure] = {}
         self._in_flight: dict[str, _Entry] = {}
         self._bytes = 0
         self._pending = 0
@@ -149,7 +159,7 @@ class OwnedFolder(Folder):
         if len(self._young) < CACHED_AGGREGATES and self._bytes < CACHED_BYTES:
             return
         self._old = self._young
-        self._young = self._in_flight | self._dirty
+        self._young = self._in_flight | self._prepared | self._dirty
         self._bytes = sum(entry.size for entry in self._young.values())
 
     def fold(self, events: Sequence[Event], aside: Collection[str]) -> Outcome:
@@ -207,13 +217,18 @@ class OwnedFolder(Folder):
         self._old.pop(aggregate_id, None)
         self._dirty.pop(aggregate_id, None)
         self._in_flight.pop(aggregate_id, None)
+        if self._prepared.pop(aggregate_id, None) is not None and self._failures.pop(aggregate_id, None) is None:
+            self._writes = _without(self._writes, {aggregate_id})
 
-    def take(self) -> tuple[Changes, list[Failure]]:
-        writes = DocumentWrites()
-        failures: list[Failure] = []
+    def prepare(self) -> None:
         dirty, self._dirty = self._dirty, {}
-        events, self._pending, self._pending_bytes = self._pending, 0, 0
-        store = writes.store
+        if again := self._prepared.keys() & dirty.keys():
+            self._writes = _without(self._writes, again)
+            for aggregate_id in again:
+                dirty[aggregate_id].stored = True  # or not: what is written then is right in both cases
+                self._failures.pop(aggregate_id, None)
+        self._prepared |= dirty
+        writes, store = self._writes, self._writes.store
         for aggregate_id, entry in dirty.items():
             state = entry.state
             if state is None:
@@ -225,14 +240,20 @@ class OwnedFolder(Folder):
             try:
                 size = store(marked(aggregate_id, entry.mark, state), aggregate_id, stored=entry.stored)
             except Exception as error:  # noqa: BLE001 - an int beyond int64, an unknown type, too large
-                failures.append(unstorable(aggregate_id, error)._replace(sequence_no=entry.mark))
+                self._failures[aggregate_id] = unstorable(aggregate_id, error)._replace(sequence_no=entry.mark)
                 continue
             self._bytes += size - entry.size
             entry.size = size
             entry.stored = True
+
+    def take(self) -> tuple[Changes, list[Failure]]:
+        self.prepare()
+        failures, self._failures = list(self._failures.values()), {}
         for failure in failures:
-            del dirty[failure.aggregate_id]
+            del self._prepared[failure.aggregate_id]
             self.discard(failure.aggregate_id)
-        self._in_flight = dirty
-        marks = {aggregate_id: entry.mark for aggregate_id, entry in dirty.items()}
+        writes, self._writes = self._writes, DocumentWrites()
+        self._in_flight, self._prepared = self._prepared, {}
+        events, self._pending, self._pending_bytes = self._pending, 0, 0
+        marks = {aggregate_id: entry.mark for aggregate_id, entry in self._in_flight.items()}
         return OwnedChanges(self._database, self._build, writes, marks, events), failures
