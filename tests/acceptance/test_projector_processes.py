@@ -58,8 +58,13 @@ async def test_commands_against_a_running_projector(mongodb_uri: str, database: 
             return (await _invoke(env, "wait", "orders", "o-1", "2"))[0] == 0
 
         await eventually(shown)
+
+        async def all_live() -> bool:
+            code, output, _ = await _invoke(env, "list", "-o", "json")
+            return code == 0 and all(row["live"] for row in json.loads(output)["projections"])
+
+        await eventually(all_live)
         code, output, _ = await _invoke(env, "list", "-o", "json")
-        assert code == 0
         rows = {row["name"]: row for row in json.loads(output)["projections"]}
         assert list(rows) == ["customers", "orders", "products", "sales"]
         assert rows["orders"]["live"] == "orders.v1"
