@@ -42,12 +42,24 @@ class Source(Protocol):
         """Ends it."""
 
 
+async def _next(queue: asyncio.Queue[Batch | Exception], timeout: float) -> Batch | None:
+    """The next batch of a queue, or None after `timeout` seconds; raises what is in it instead of one."""
+    try:
+        async with asyncio.timeout(timeout):
+            found = await queue.get()
+    except TimeoutError:
+        return None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 class OwnSource:
     """A source that reads a change stream of its own, a few batches ahead."""
 
     def __init__(self, stream: EventStream, ahead: int = 2) -> None:
         self._stream = stream
-        self._queue: asyncio.Queue[Batch | BaseException] = asyncio.Queue(ahead)
+        self._queue: asyncio.Queue[Batch | Exception] = asyncio.Queue(ahead)
         self._task = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -59,14 +71,7 @@ class OwnSource:
 
     async def get(self, timeout: float) -> Batch | None:
         """The next batch, or None after `timeout` seconds; raises what the stream raised."""
-        try:
-            async with asyncio.timeout(timeout):
-                found = await self._queue.get()
-        except TimeoutError:
-            return None
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        return await _next(self._queue, timeout)
 
     async def close(self) -> None:
         """Ends reading and gives the cursor back."""
@@ -94,7 +99,7 @@ class _Share:
         """
         if self.since is None or self.lost:
             return False
-        return position.cluster_time > self.since.cluster_time or position.token == self.since.token
+        return position.cluster_time > self.since.cluster_time or position == self.since
 
 
 class _SharedStream:
@@ -193,14 +198,7 @@ class _Source:
         if share.lost and share.queue.empty():
             self._share, self._own = None, self._alone()
             return None
-        try:
-            async with asyncio.timeout(timeout):
-                found = await share.queue.get()
-        except TimeoutError:
-            return None
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return await _next(share.queue, timeout)
 
     async def _change_over(self) -> None:
         """Asks for a place at the shared stream; leaves the own one when nothing can be missed any more."""

@@ -15,6 +15,7 @@ from projector.checkpoint import PartitionId
 from projector.metrics import HEALTH_STATES, Metrics
 from projector.parking import Parked
 from projector.position import Position
+from projector.sources import _Share
 from projector.stream import event_fields
 
 HEX = "0123456789ABCDEF"
@@ -31,6 +32,22 @@ def test_a_position_knows_the_time_in_its_token(seconds: int, increment: int, re
 @pytest.mark.parametrize("data", ["", "8", "82", "8200", "83" + "0" * 16, "82" + "Z" * 16, b"82" + b"0" * 16, None])
 def test_a_token_that_cannot_be_read_takes_the_time_at_hand(data: object) -> None:
     assert Position.of({"_data": data}, Timestamp(7, 8)).cluster_time == Timestamp(7, 8)
+
+
+_TIMES = st.integers(1, 3).map(lambda seconds: Timestamp(seconds, 0))
+_POSITIONS = st.builds(Position, st.sampled_from([None, {"_data": "a"}, {"_data": "b"}]), _TIMES)
+
+
+@given(position=_POSITIONS, since=_POSITIONS)
+def test_nobody_takes_a_place_at_a_stream_that_began_after_him(position: Position, since: Position) -> None:
+    share = _Share(None)
+    assert not share.reaches(position), "it does not stand anywhere yet"
+    share.since = since
+    assert share.reaches(since)
+    if share.reaches(position):
+        assert position.cluster_time >= since.cluster_time
+    else:
+        assert position.cluster_time <= since.cluster_time
 
 
 @given(count=st.integers(1, 64))
