@@ -7,16 +7,29 @@ WriteConflict or waits. A process of ours that meets this ends them; every user 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import contextlib
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import pymongo
+from pymongo.errors import OperationFailure, PyMongoError
+
+from eventstore.errors import Meaning, classify
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from eventstore.client import Client
 
-__all__ = ["IDLE_SECONDS", "end_orphans"]
+__all__ = ["IDLE_SECONDS", "end_orphans", "past_orphans"]
+
+_T = TypeVar("_T")
 
 IDLE_SECONDS: Final = 2.0
 """A transaction that waits so long for its client's next word is taken for an orphan. Between two statements of ours lie
 milliseconds; one that was only slow is told that it was aborted, and runs again, which costs less than a minute of conflicts."""
+
+HELD_UP_SECONDS: Final = IDLE_SECONDS + 1
+"""How long a write may be held up before that is taken for an orphan's doing: long enough for one to be known by its idleness."""
 
 
 async def end_orphans(client: Client, component: str, idle_seconds: float = IDLE_SECONDS) -> int:
@@ -41,3 +54,16 @@ async def end_orphans(client: Client, component: str, idle_seconds: float = IDLE
     if sessions:
         await client.admin.command("killSessions", sessions)
     return len(sessions)
+
+
+async def past_orphans(client: Client, component: str, write: Callable[[], Awaitable[_T]]) -> _T:
+    """Writes, and when that is held up once more, after the orphans of this component were ended. Raises what `write` raises."""
+    try:
+        with pymongo.timeout(HELD_UP_SECONDS):
+            return await write()
+    except PyMongoError as error:
+        if not error.timeout and classify(error) is not Meaning.AGAIN:
+            raise
+    with contextlib.suppress(OperationFailure):  # a server that does not tell or end them: then this waits
+        await end_orphans(client, component)
+    return await write()

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
-import pymongo
 from pymongo import ReturnDocument
-from pymongo.errors import OperationFailure, PyMongoError
 
-from eventstore.errors import Meaning, classify
 from eventstore.event import SLOTS
-from eventstore.orphans import end_orphans
+from eventstore.orphans import past_orphans
 from projector.position import Position
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
@@ -31,12 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["CHECKPOINTS", "Checkpoint", "FencedError", "PartitionId", "ensure_layout", "layout_of"]
 
 CHECKPOINTS: Final = "projector.checkpoints"
-
-HELD_UP_SECONDS: Final = 2.0
-"""How long a checkpoint may be held by another's transaction before that is taken for left over. Too short would end the
-transactions of owners that are alive, if stale; too long only delays a take-over."""
-
-_T = TypeVar("_T")
 
 
 class FencedError(Exception):
@@ -85,8 +74,10 @@ class Checkpoint:
         taken = {"owner": owner, "takenAt": "$$NOW"}
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(session.end_session)
-            found = await _past_open_transactions(
-                database,
+            # A former owner that was killed amid a transaction holds the checkpoint first of all.
+            found = await past_orphans(
+                database.client,
+                "projector",
                 lambda: database[CHECKPOINTS].find_one_and_update(
                     mine,
                     [{"$set": {"epoch": {"$add": ["$epoch", 1]}, **taken}}],
@@ -121,20 +112,6 @@ class Checkpoint:
         if not (await self.database[CHECKPOINTS].update_one(query, {"$set": {"scan": False}})).matched_count:
             raise FencedError(f"{self.partition} has another owner")
         self.scan = False
-
-
-async def _past_open_transactions(database: Database, write: Callable[[], Awaitable[_T]]) -> _T:
-    """Writes checkpoints, whatever a former owner has left: it may have been killed or stopped amid a transaction, which holds
-    the checkpoint first of all."""
-    try:
-        with pymongo.timeout(HELD_UP_SECONDS):
-            return await write()
-    except PyMongoError as error:
-        if not error.timeout and classify(error) is not Meaning.AGAIN:
-            raise
-    with contextlib.suppress(OperationFailure):  # a server without it: then this waits
-        await end_orphans(database.client, "projector")
-    return await write()
 
 
 def _literal(position: Position) -> dict[str, Any]:
@@ -186,4 +163,4 @@ async def ensure_layout(database: Database, build: str, count: int, start: Posit
         return True
 
     async with database.client.start_session() as session:
-        return await _past_open_transactions(database, lambda: session.with_transaction(change))
+        return await past_orphans(database.client, "projector", lambda: session.with_transaction(change))

@@ -11,19 +11,14 @@ import datetime
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import pymongo
 from pymongo import ReturnDocument
-from pymongo.errors import PyMongoError
 
-from eventstore.errors import Meaning, classify
 from eventstore.event import EVENTS
-from eventstore.orphans import IDLE_SECONDS, end_orphans
+from eventstore.orphans import past_orphans
 from projector.checkpoint import CHECKPOINTS, FencedError
 from projector.parking import build_range
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from pymongo.asynchronous.client_session import AsyncClientSession
 
     from eventstore.client import Database
@@ -36,9 +31,6 @@ SCANS: Final = "projector.scans"
 RANGE_EVENTS: Final = 25_000
 """Events of a range, about. Smaller ranges cost a query each (1 ms); larger ones leave processes idle at the end, and tell less of
 the progress when one aggregate is very long."""
-
-HELD_UP_SECONDS: Final = IDLE_SECONDS + 1
-"""How long a write may be held up before it is taken for an orphan's doing: a transaction of a scan takes a tenth of a second."""
 
 MOST_RANGES: Final = 512
 _SAMPLES_PER_RANGE: Final = 20
@@ -124,7 +116,8 @@ async def begin(log: Database, database: Database, checkpoint: Checkpoint, owner
         async with database.client.start_session() as session:
             await session.with_transaction(write)
 
-    await _past_orphans(database, transaction)
+    # The scanner before, killed amid a transaction, may still hold what this writes.
+    await past_orphans(database.client, "projector", transaction)
     return int(plan["total"])
 
 
@@ -211,19 +204,5 @@ async def _events(database: Database, build: str, session: AsyncClientSession | 
 async def drop(database: Database, build: str) -> None:
     """Removes a build's plan, which cancels a scan: its next write finds no range of its own."""
 
-    async def remove() -> None:
-        await database[SCANS].delete_many({"_id": build_range(build)})
-
-    await _past_orphans(database, remove)
-
-
-async def _past_orphans(database: Database, write: Callable[[], Awaitable[None]]) -> None:
-    """Writes what a scanner writes too, even when that was killed amid a transaction, which MongoDB keeps open for a minute."""
-    try:
-        with pymongo.timeout(HELD_UP_SECONDS):
-            await write()
-    except PyMongoError as error:
-        if not error.timeout and classify(error) is not Meaning.AGAIN:
-            raise
-        await end_orphans(database.client, "projector")
-        await write()
+    query = {"_id": build_range(build)}
+    await past_orphans(database.client, "projector", lambda: database[SCANS].delete_many(query))
