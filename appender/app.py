@@ -11,7 +11,6 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-import pymongo
 import stamina
 import structlog
 from aiohttp import web
@@ -25,7 +24,7 @@ from appender.routes import Routes
 from appender.topology import PrimaryWatcher
 from eventstore import indexes, tasks
 from eventstore.auth import Tokens
-from eventstore.client import cause, connect, open_database
+from eventstore.client import connect, open_database, silence
 from eventstore.logs import redact
 from eventstore.service import Readiness, add_ops_routes
 
@@ -46,9 +45,6 @@ _quiet.setLevel(logging.CRITICAL)
 `appender.endpoint`."""
 
 _READY: Final[web.AppKey[Readiness]] = web.AppKey("ready")
-
-PING_SECONDS: Final = 1.0
-"""`/readyz` waits no longer for MongoDB: Kubernetes' probes give up after a second by default."""
 
 KEEPALIVE_SECONDS: Final = 75.0
 """A connection without a complete request for so long is closed: idle ones, and those that send headers byte by byte."""
@@ -192,7 +188,7 @@ async def _open(database: Database, committer: Committer, *, provision: bool) ->
             try:
                 await _prepare(database, provision=provision)
             except (PyMongoError, LookupError) as error:
-                reason = redact(str(cause(database.client, error)))
+                reason = redact(str(error))
                 committer.refuse(f"The event store is not there yet: {reason}")
                 if not waiting:
                     waiting = True
@@ -215,10 +211,4 @@ async def _not_ready(database: Database, committer: Committer) -> str | None:
         return reason
     if committer.full:
         return "the queue is full"
-    try:
-        with pymongo.timeout(PING_SECONDS):
-            await database.command("ping")
-    except (PyMongoError, TimeoutError) as error:
-        why = redact(str(cause(database.client, error)))
-        return f"MongoDB does not answer: {why or 'no answer in time'}"
-    return None
+    return await silence(database)

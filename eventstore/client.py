@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
+import pymongo
 from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.database import AsyncDatabase
@@ -13,11 +14,12 @@ from pymongo.write_concern import WriteConcern
 
 from eventstore import __version__
 from eventstore.errors import Meaning, classify
+from eventstore.logs import redact
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-__all__ = ["CODEC", "MAJORITY", "Client", "Database", "cause", "connect", "open_database"]
+__all__ = ["CODEC", "MAJORITY", "Client", "Database", "cause", "connect", "open_database", "silence"]
 
 Client: TypeAlias = AsyncMongoClient[dict[str, Any]]
 Database: TypeAlias = AsyncDatabase[dict[str, Any]]
@@ -30,6 +32,12 @@ CODEC: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     # A date that Python cannot hold (another writer's) must not make the whole batch unreadable.
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,
 )
+
+
+PING_SECONDS: Final = 1.0
+"""`/readyz` waits no longer for MongoDB: Kubernetes' probes give up after a second by default."""
+
+_E = TypeVar("_E", bound=Exception)
 
 
 def connect(uri: SecretStr, component: str, **overrides: Any) -> Client:
@@ -60,12 +68,22 @@ def open_database(client: Client, name: str) -> Database:
     return client.get_database(name, codec_options=CODEC, read_concern=ReadConcern("majority"), write_concern=MAJORITY)
 
 
-def cause(client: Client, error: Exception) -> Exception:
-    """Why an operation of the client failed: the refusal of our credentials, where the driver hides it behind "no server was
-    found in time"; else `error` itself.
+def cause(client: Client, error: _E) -> _E | PyMongoError:
+    """What an operation of the client failed of: the refusal of our credentials, which the driver tells as "no server was found
+    in time" (with the server's words, without its code); else `error` itself.
     """
     if classify(error) is not Meaning.UNAVAILABLE:
         return error
     found = (server.error for server in client.topology_description.server_descriptions().values())
     refusals = (each for each in found if isinstance(each, PyMongoError) and classify(each) is Meaning.DENIED)
     return next(refusals, error)
+
+
+async def silence(database: Database) -> str | None:
+    """None when MongoDB answers within a second, else why it does not, without credentials: for readiness."""
+    try:
+        with pymongo.timeout(PING_SECONDS):
+            await database.command("ping")
+    except (PyMongoError, TimeoutError) as error:
+        return f"MongoDB does not answer: {redact(str(error)) or 'no answer in time'}"
+    return None

@@ -9,13 +9,12 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
-import pymongo
 import stamina
 import structlog
 from pymongo.errors import PyMongoError
 
 from eventstore import indexes, tasks
-from eventstore.client import cause, connect, open_database
+from eventstore.client import cause, connect, open_database, silence
 from eventstore.logs import redact
 from projector.http import serve
 from projector.supervisor import Supervisor
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from projector.wanted import Catalog
 
 __all__ = ["run_projector"]
-
-PING_SECONDS: Final = 1.0
-"""`/readyz` waits no longer for MongoDB: Kubernetes' probes give up after a second by default."""
 
 STUCK_TICKS: Final = 5
 """Deadlines of a tick after which only a restart helps: far beyond what a busy machine adds, and before a person looks."""
@@ -92,13 +88,7 @@ class _State:
         age = time.monotonic() - self._supervisor.last_tick
         if age > 2 * self._supervisor.tick_seconds:  # a tick may take one of these, and then fail
             return "no tick has gone through lately; the log has the reason"
-        try:
-            with pymongo.timeout(PING_SECONDS):
-                await self._supervisor.database.command("ping")
-        except (PyMongoError, TimeoutError) as error:
-            why = redact(str(cause(self._supervisor.database.client, error)))
-            return f"MongoDB does not answer: {why or 'no answer in time'}"
-        return None
+        return await silence(self._supervisor.database)
 
 
 async def _provision(log: Database, state: _State, stopping: asyncio.Event, *, provision: bool) -> bool:

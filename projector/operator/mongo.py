@@ -34,7 +34,7 @@ _AWAY_SECONDS: Final = 5.0
 class MongoAwayError(Exception):
     """MongoDB could not be reached a moment ago, and was not asked again; `error` is what it was then."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: PyMongoError) -> None:
         super().__init__(str(error))
         self.error = error
 
@@ -47,7 +47,7 @@ class Mongo:
         self.client: Client = connect(uri, "operator")
         self._builds: Client | None = None
         self._turns = asyncio.Semaphore(_AT_ONCE)
-        self._away: tuple[float, Exception] | None = None
+        self._away: tuple[float, PyMongoError] | None = None
 
     def database(self, name: str) -> Database:
         """A database for short questions and writes."""

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import SecretStr
 from pymongo import MongoClient
-from pymongo.errors import OperationFailure
+from pymongo.errors import OperationFailure, PyMongoError
 
 from eventstore import indexes, log, orphans
-from eventstore.client import connect, open_database
+from eventstore.client import cause, connect, open_database, silence
 from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.errors import Meaning, classify
 from eventstore.event import EVENTS
 from projector.operator.reference import PRIVILEGES
 from tests.appending import event, local_appender
@@ -73,6 +74,23 @@ async def refused(operation: Any) -> bool:
 async def test_nobody_gets_in_without_a_password(secured: ReplicaSet) -> None:
     async with connect(SecretStr(secured.uri), "test") as client:
         assert await refused(open_database(client, "eventstore")[EVENTS].find_one())
+
+
+async def test_refused_credentials_are_told_from_a_server_that_is_away(secured: ReplicaSet) -> None:
+    uri = uri_of(secured, "root").replace(PASSWORD, "mistaken")
+    async with connect(SecretStr(uri), "test", serverSelectionTimeoutMS=300) as client:
+        # At first the server says so; from then on the driver says that it finds none.
+        kinds = set()
+        for _ in range(4):
+            with pytest.raises(PyMongoError) as caught:
+                await client.admin.command("ping")
+            kinds.add(classify(caught.value))
+            assert classify(cause(client, caught.value)) is Meaning.DENIED
+        assert kinds == {Meaning.DENIED, Meaning.UNAVAILABLE}
+        reason = await silence(open_database(client, "eventstore"))
+        assert reason is not None
+        assert "Authentication failed" in reason
+        assert "mistaken" not in reason
 
 
 @pytest.mark.parametrize("user", ["eventprojector-appender", "eventprojector-appender-provisioning"])
