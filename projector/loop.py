@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from projector.checkpoint import Checkpoint
     from projector.position import Position
     from projector.progress import Progress
-    from projector.rebuild import Place
     from projector.sources import Source
     from projector.stream import Batch
+    from projector.surroundings import Place
 
 __all__ = ["Loop"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -18,7 +18,7 @@ from projector.aside import StoppedError
 from projector.checkpoint import Checkpoint, FencedError
 from projector.loop import Loop
 from projector.progress import Progress
-from projector.rebuild import Place, fill
+from projector.rebuild import fill
 from projector.repair import InterruptedRepairError, repair
 from projector.stream import PositionLostError, position_now
 
@@ -27,21 +27,11 @@ if TYPE_CHECKING:
 
     from projector.build import Build
     from projector.checkpoint import PartitionId
-    from projector.position import Position
-    from projector.sources import Source
+    from projector.surroundings import Surroundings
 
-__all__ = ["Partition", "Surroundings"]
+__all__ = ["Partition"]
 
 _log = structlog.stdlib.get_logger(__name__)
-
-
-class Surroundings(Place, Protocol):
-    """What a partition needs of the process around it."""
-
-    owner: str
-
-    def source(self, build: Build, position: Position, slots: range) -> Source:
-        """Opens a source of batches from a position."""
 
 
 class Partition:

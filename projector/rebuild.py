@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 import uuid
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -22,15 +22,11 @@ from projector.checkpoint import CHECKPOINTS, FencedError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pydantic import SecretStr
-
-    from eventstore.client import Database
     from projector.build import Build
     from projector.checkpoint import Checkpoint
-    from projector.metrics import Metrics
-    from projector.settings import ProjectorSettings
+    from projector.surroundings import Place
 
-__all__ = ["Place", "fill"]
+__all__ = ["fill"]
 
 POLL_SECONDS: Final = 0.25
 """How often a waiting partition looks whether the scan is done."""
@@ -46,17 +42,6 @@ MOST_PROCESSES: Final = 2
 needs some of it too. A rebuild that takes longer is the cheaper mistake."""
 
 _log = structlog.stdlib.get_logger(__name__)
-
-
-class Place(Protocol):
-    """What a scan needs of the process around it."""
-
-    log: Database
-    database: Database
-    settings: ProjectorSettings
-    metrics: Metrics
-    uri: SecretStr | None
-    """By which processes of our own connect; without it the log is read in this one."""
 
 
 async def fill(

@@ -102,7 +102,7 @@ class _Running:
 
 
 class Supervisor:
-    """The projector of a process; also what its partitions see of it (`projector.partition.Surroundings`)."""
+    """The projector of a process; also what its partitions see of it (`projector.surroundings.Surroundings`)."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Supervisor:
         self.last_tick = 0.0
         """`time.monotonic()` of the last tick that went through."""
         self.last_turn: float | None = None
-        """The same of the last one that ended at all; None before the first begins."""
+        """The same of the last one that began; None before the first."""
         self.tick_seconds = max(settings.lease_seconds, SHORTEST_DEADLINE_SECONDS)
         """A tick that takes longer fails."""
         self._catalog = catalog
