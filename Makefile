@@ -79,7 +79,7 @@ endif
 bench: install $(BIN)/vegeta ## the benchmarks, each beside its peers on the same mongod
 	$(BIN)/python -m bench
 
-$(BIN)/vegeta: install
+$(BIN)/vegeta: $(VENV)/.installed
 	GOBIN=$(abspath $(BIN)) go install github.com/tsenart/vegeta/v12@v12.13.0
 
 clean: ## remove what the targets made
