@@ -13,12 +13,13 @@ import os
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import pytest
 from bson.int64 import Int64
 
 from eventstore.client import MAJORITY
 from eventstore.event import EVENTS, new_event_id, slot_of
 from projector.build import Build
-from projector.builds import ensure_build
+from projector.builds import ensure_build, read_control
 from projector.checkpoint import PartitionId
 from projector.metrics import Metrics
 from projector.parking import PARKED
@@ -29,7 +30,7 @@ from projector.sources import OwnSource
 from projector.stream import EventStream
 from projector.supervisor import Supervisor
 from projector.wanted import FixedCatalog
-from tests.eventually import eventually
+from tests.eventually import eventually, eventually_equal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -39,18 +40,22 @@ if TYPE_CHECKING:
     from projector.sources import Source
 
 __all__ = [
+    "KINDS",
     "Document",
     "Faults",
     "Here",
     "Writer",
     "all_events",
+    "aside_at",
     "begun",
+    "cut_over_to",
     "documents",
     "event",
     "expected_ledgers",
     "expected_rooms",
     "ledger",
     "metric",
+    "named",
     "only",
     "parked",
     "rooms",
@@ -296,3 +301,31 @@ def same(look: Callable[[], Any]) -> Callable[[], Any]:
         return look()
 
     return asked
+
+
+KINDS = pytest.mark.parametrize(
+    ("make", "expect"), [(ledger, expected_ledgers), (rooms, expected_rooms)], ids=["owned", "shared"]
+)
+"""Both kinds of projection: documents of one aggregate, and documents into which all write."""
+
+
+async def aside_at(database: Database, aggregate_id: str, sequence_no: int, state: str = "parked") -> bool:
+    """Whether an aggregate is aside there."""
+    record = (await parked(database)).get(aggregate_id)
+    return record is not None and (record["sequenceNo"], record["state"]) == (sequence_no, state)
+
+
+async def named(database: Database, aggregate_id: str) -> dict[str, Any]:
+    """The record, once it says which event it is."""
+    record = (await parked(database)).get(aggregate_id)
+    return record if record is not None and record["eventId"] is not None else {}
+
+
+async def cut_over_to(database: Database, name: str, build: str) -> None:
+    """Waits until a build is the one that readers see."""
+
+    async def look() -> str | None:
+        control = await read_control(database, name)
+        return control.live if control else None
+
+    await eventually_equal(look, build)

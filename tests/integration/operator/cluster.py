@@ -24,10 +24,17 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from eventstore.client import Database
+
 HOME = Path(os.environ.get("CLUSTER_HOME", Path.home() / ".cache" / "cluster"))
 """Where the cluster's programs and its kubeconfig lie."""
 
 PLURALS = {kind.name: kind.plural for kind in KINDS}
+
+
+ON = {"Opened": {"$set": {"status": "open"}}}
+PROJECTION: dict[str, Any] = {"version": 1, "on": ON, "readModel": {"indexes": [{"keys": [{"field": "status"}]}]}}
+BY_NAME = {"name": "by-name", "keys": [{"field": "eventName"}, {"field": "timestamp", "order": -1}]}
 
 
 class ApiError(Exception):
@@ -197,3 +204,22 @@ class Operators:
             if loops and not task.done():
                 loops[0].call_soon_threadsafe(stopping.set)
             await task
+
+
+def store(database: Database, **spec: Any) -> dict[str, Any]:
+    return {"database": database.name, "indexes": [BY_NAME]} | spec
+
+
+async def passes(operator: Operator, kind: str) -> float:
+    """How many passes over a kind there have been."""
+    samples = next(iter(operator.metrics.reconciles.collect())).samples
+    return sum(one.value for one in samples if one.labels["kind"] == kind and one.name.endswith("_total"))
+
+
+async def some_passes(operator: Operator, kind: str, count: int = 3) -> None:
+    before = await passes(operator, kind)
+
+    async def enough() -> bool:
+        return await passes(operator, kind) >= before + count
+
+    await until(enough)

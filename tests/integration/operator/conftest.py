@@ -19,6 +19,7 @@ import aiohttp
 import kopf
 import pytest
 
+from eventstore.client import connect
 from projector.operator.crds import KINDS, manifest
 from projector.operator.kubernetes import login
 from projector.operator.resources import GROUP, VERSION
@@ -27,6 +28,8 @@ from tests.integration.operator.cluster import HOME, PLURALS, Api, ApiError, Ope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from eventstore.client import Client, Database
 
 PROGRAMS = Path(__file__).parents[4] / "shared" / "cluster"
 
@@ -115,3 +118,22 @@ async def resources(api: Api) -> AsyncIterator[Resources]:
 def operators(mongodb_uri: str, resources: Resources, database_name: str) -> Operators:
     """A maker of operators."""
     return Operators(mongodb_uri, resources.namespace, database_name)
+
+
+@pytest.fixture
+async def empty(client: Client, database_name: str) -> AsyncIterator[Database]:
+    """The database that the operator works on; nothing is in it yet."""
+    await client.admin.command(
+        "ping"
+    )  # kopf ends by waiting for all tasks that began after it: the client's began before
+    yield client[database_name]
+    await client.drop_database(database_name)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that give up after half a second instead of five, so that the tests of an absent MongoDB are short."""
+    monkeypatch.setattr(
+        "projector.operator.mongo.connect",
+        lambda uri, component, **options: connect(uri, component, **{"serverSelectionTimeoutMS": 500} | options),
+    )

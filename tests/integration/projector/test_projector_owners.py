@@ -20,6 +20,7 @@ from projector.metrics import HEALTH_STATES, Metrics
 from projector.partition import Partition
 from tests.eventually import eventually, eventually_equal
 from tests.projecting import (
+    KINDS,
     Faults,
     Here,
     Writer,
@@ -27,11 +28,9 @@ from tests.projecting import (
     begun,
     documents,
     expected_ledgers,
-    expected_rooms,
     ledger,
     metric,
     only,
-    rooms,
     running,
     same,
 )
@@ -40,10 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from eventstore.client import Database
-
-KINDS = pytest.mark.parametrize(
-    ("make", "expect"), [(ledger, expected_ledgers), (rooms, expected_rooms)], ids=["owned", "shared"]
-)
 
 
 @contextlib.asynccontextmanager
