@@ -15,6 +15,7 @@ from projector.checkpoint import PartitionId
 from projector.metrics import HEALTH_STATES, Metrics
 from projector.parking import Parked
 from projector.position import Position
+from projector.scan import Pace
 from projector.sources import _Share
 from projector.stream import event_fields
 
@@ -163,3 +164,25 @@ def test_the_oplog_window_has_no_sample_until_it_is_known() -> None:
     for seconds in (None, 5.0, 6.0, None, None, 7.0):
         metrics.set_oplog_window(seconds)
         assert metrics.registry.get_sample_value(name) == seconds
+
+
+async def test_a_scan_is_held_to_its_pace_and_catches_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("projector.scan.asyncio.sleep", sleep)
+    monkeypatch.setattr("projector.scan.time.monotonic", lambda: now)
+    pace = Pace(1_000)
+    for _ in range(11):
+        await pace.spend(100)
+    assert now == pytest.approx(101)
+    now += 60  # the scan was slow for a while
+    for _ in range(11):
+        await pace.spend(100)
+    assert now == pytest.approx(162)
+    free = Pace(0)
+    await free.spend(1_000_000)
+    assert now == pytest.approx(162)
