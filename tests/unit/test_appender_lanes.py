@@ -56,11 +56,9 @@ class LanesMachine(RuleBasedStateMachine):
         self.waiting: list[Request] = []
         self.in_flight: list[Batch] = []
         self.told: list[Request] = []
-        self.arrival: dict[int, int] = {}
-        self.clock = 0
+        self.clock = 0  # one tick an arrival
 
     def _add(self, made: Request) -> None:
-        self.arrival[id(made)] = len(self.arrival)
         self.waiting.append(made)
         self.lanes.add(made)
 
@@ -84,12 +82,11 @@ class LanesMachine(RuleBasedStateMachine):
         if batch is None:
             # Nobody may be stuck: whatever waits stands behind a batch in flight.
             busy = {lane.aggregate_id for held in self.in_flight for lane in held.lanes}
-            for waiting in self.waiting:
+            for place, waiting in enumerate(self.waiting):
                 behind = {each.aggregate_id for each in waiting.appends}
-                for other in self.waiting:
-                    if self.arrival[id(other)] < self.arrival[id(waiting)]:
-                        ids = {each.aggregate_id for each in other.appends}
-                        behind |= ids if ids & behind else set()
+                for earlier in reversed(self.waiting[:place]):
+                    ids = {each.aggregate_id for each in earlier.appends}
+                    behind |= ids if ids & behind else set()
                 assert behind & busy
             return None
         assert batch.requests
@@ -152,7 +149,7 @@ class LanesMachine(RuleBasedStateMachine):
         assert self.lanes.requests == len(self.waiting)
         assert self.lanes.events == sum(each.events for each in self.waiting)
         assert self.lanes.size == sum(each.size for each in self.waiting)
-        assert len(self.told) == len(self.arrival) - len(self.waiting)
+        assert len(self.told) == self.clock - len(self.waiting)
 
     def teardown(self) -> None:
         """Everything that waits can be finished."""
