@@ -99,7 +99,7 @@ class Checkpoint:
         """Moves it, within the transaction of `session` where there is one. Raises FencedError."""
         result = await self.database[CHECKPOINTS].update_one(
             {"_id": str(self.partition), "epoch": self.epoch},
-            [{"$set": {**_literal(position), "updatedAt": "$$NOW"}}],
+            {"$set": position.dump(), "$currentDate": {"updatedAt": True}},
             session=session,
         )
         if not result.matched_count:
@@ -112,11 +112,6 @@ class Checkpoint:
         if not (await self.database[CHECKPOINTS].update_one(query, {"$set": {"scan": False}})).matched_count:
             raise FencedError(f"{self.partition} has another owner")
         self.scan = False
-
-
-def _literal(position: Position) -> dict[str, Any]:
-    """The fields of a position for an update pipeline, in which a text with `$` would be a reference."""
-    return {key: {"$literal": value} for key, value in position.dump().items()}
 
 
 async def layout_of(database: Database, build: str) -> list[dict[str, Any]]:
