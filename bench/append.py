@@ -39,7 +39,10 @@ WARM: Final = 64
 VEGETA: Final = shutil.which("vegeta") or str(Path(sys.executable).with_name("vegeta"))
 
 BULK_LINES: Final = 100_000
-MEMORY_EVENTS: Final = 1_000_000
+MEMORY_APPENDS: Final = 1_000_000
+MEMORY_STEP: Final = 100_000
+NAMES: Final = 1_000_000_000
+"""Aggregates to take at random: of a million appends, five hundred or so meet one that was there before."""
 
 BODY: Final = json.dumps({"events": [{"eventName": "happened", "payload": PAYLOAD}]}, separators=(",", ":"))
 
@@ -249,16 +252,24 @@ def latency() -> None:
 
 
 def memory() -> None:
-    """A million appends over a million aggregates: the resident memory on the way."""
-    print(f"\n### Memory: {MEMORY_EVENTS:,} appends over as many aggregates\n")
-    print("| appended | resident MiB |\n| --- | --- |")
-    with ReplicaSet(cache_gib=1.0) as mongod, server("appender", mongod.uri, "ours") as ours:
-        process = psutil.Process(ours.process.pid)
-        print(f"| 0 | {process.memory_info().rss / 2**20:.0f} |")
-        for done in range(0, MEMORY_EVENTS, 100_000):
-            found = apart(mongod.uri, "none", "bulk", ours.url, 100_000, 100_000)
-            assert found["failed"] == 0
-            print(f"| {done + 100_000:,} | {process.memory_info().rss / 2**20:.0f} |", flush=True)
+    """A million appends, nearly each to an aggregate of its own: the resident memory on the way."""
+    print(f"\n### Memory: {MEMORY_APPENDS:,} appends over as many aggregates\n")
+    print("| | appended | resident MiB |\n| --- | --- | --- |")
+    for way in ("one a request", "NDJSON streams"):
+        with ReplicaSet(cache_gib=1.0) as mongod, server("appender", mongod.uri, "ours") as ours:
+            process = psutil.Process(ours.process.pid)
+            print(f"| {way} | 0 | {process.memory_info().rss / 2**20:.0f} |")
+            done, shown = 0.0, MEMORY_STEP
+            while done < MEMORY_APPENDS:
+                if way == "one a request":
+                    found = wrk(ours.url, 64, NAMES)
+                else:
+                    found = apart(mongod.uri, "none", "bulk", ours.url, BULK_LINES, BULK_LINES)
+                assert found["failed"] == 0
+                done += found.get("requests", BULK_LINES)
+                if done >= shown:
+                    print(f"| | {done:,.0f} | {process.memory_info().rss / 2**20:.0f} |", flush=True)
+                    shown += MEMORY_STEP
 
 
 def main(names: list[str]) -> None:
