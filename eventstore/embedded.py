@@ -170,6 +170,9 @@ class ReplicaSet:
             "members": [{"_id": i, "host": f"127.0.0.1:{member.port}"} for i, member in enumerate(self.members)],
             "settings": {"electionTimeoutMillis": 2_000, "heartbeatIntervalMillis": 500},
         }
+        for member in self.members:  # the first asks all others, and gives up at once when one does not answer yet
+            with _direct(member) as client:
+                client.admin.command("ping")
         with _direct(self.members[0]) as client:
             try:
                 client.admin.command("replSetInitiate", config)
