@@ -57,6 +57,7 @@ _OUTCOMES: Final[Mapping[Meaning, Outcome]] = {
     Meaning.UNKNOWN: Outcome.UNKNOWN,
     Meaning.UNAVAILABLE: Outcome.UNAVAILABLE,
     Meaning.DENIED: Outcome.UNAVAILABLE,
+    Meaning.OVERFLOW: Outcome.UNAVAILABLE,  # the cache may have room again before the deadline
     Meaning.TOO_LARGE: Outcome.REFUSED,
     Meaning.REJECTED: Outcome.REFUSED,
 }

@@ -8,6 +8,7 @@
     ├── REOPEN         a cursor died, its position is good: open it again from the last token
     ├── POSITION_LOST  no cursor can be opened from this position ever again: repair from the log
     ├── TOO_LARGE      a document or message is over a limit of the server
+    ├── OVERFLOW       the transaction is more than the server's cache has room for, and left nothing behind: write less at once
     ├── REJECTED       the document does not fit BSON or the collection's validator
     ├── DENIED         credentials or roles do not suffice
     ├── INDEX_CONFLICT an index of that name or those keys exists with other options
@@ -52,6 +53,7 @@ class Meaning(enum.Enum):
     REOPEN = "reopen"
     POSITION_LOST = "position_lost"
     TOO_LARGE = "too_large"
+    OVERFLOW = "overflow"
     REJECTED = "rejected"
     DENIED = "denied"
     INDEX_CONFLICT = "index_conflict"
@@ -99,6 +101,7 @@ TABLE: Final[tuple[Row, ...]] = (
     Row(6, Meaning.UNAVAILABLE, "HostUnreachable: a router did not reach the shard"),
     Row(7, Meaning.UNAVAILABLE, "HostNotFound: a router did not find the shard"),
     Row(133, Meaning.UNAVAILABLE, "FailedToSatisfyReadPreference: a router knows of no primary"),
+    Row(365, Meaning.UNAVAILABLE, "TemporarilyUnavailable: its cache is full, and it gave up making room"),
     # Change streams and cursors.
     Row(43, Meaning.REOPEN, "CursorNotFound: it timed out, or its server restarted"),
     Row(237, Meaning.REOPEN, "CursorKilled"),
@@ -113,6 +116,7 @@ TABLE: Final[tuple[Row, ...]] = (
     Row(260, Meaning.POSITION_LOST, "InvalidResumeToken"),
     Row(50811, Meaning.POSITION_LOST, "an older server's word for a token that it cannot find"),
     # Limits and rules.
+    Row(388, Meaning.OVERFLOW, "TransactionTooLargeForCache: rolled back to make room, and would be again"),
     Row(10334, Meaning.TOO_LARGE, "BSONObjectTooLarge: over 16 MiB, a change event too"),
     Row(17419, Meaning.TOO_LARGE, "the document would grow over 16 MiB by this update"),
     Row(17420, Meaning.TOO_LARGE, "the document to insert is over 16 MiB"),

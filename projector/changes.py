@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import bson
 from bson.raw_bson import RawBSONDocument
+from pymongo.errors import WriteError
 
 from eventstore.client import CODEC
+from eventstore.errors import Meaning, meaning_of_code
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -63,6 +65,9 @@ of its own. It costs a slow projection a tenth, and one of common speed nothing.
 
 FIRST_GUESS_SECONDS: Final = 1e-4
 """A typical fold, before one was seen: slow for a declared one, by which only the first batch of a partition is cut up."""
+
+_NO_FAULT: Final = frozenset({Meaning.AGAIN, Meaning.UNKNOWN, Meaning.UNAVAILABLE, Meaning.OVERFLOW})
+"""Errors that come from the server's state, even if it tells them of a document."""
 
 COMMAND_BYTES: Final = 12 * 2**20
 """Documents of one command: below the 16 MiB that MongoDB allows for it, with room for keys and session."""
@@ -208,6 +213,15 @@ class Changes(abc.ABC):
     @abc.abstractmethod
     def without(self, aggregate_id: str) -> Changes:
         """The same without one aggregate."""
+
+    @property
+    @abc.abstractmethod
+    def divisible(self) -> bool:
+        """Whether there are two parts in it."""
+
+    @abc.abstractmethod
+    def halves(self) -> tuple[Changes, Changes]:
+        """The same in two parts, to be written one after the other."""
 
 
 class Typical:
@@ -365,10 +379,15 @@ def _chunks(sizes: list[int]) -> list[tuple[int, int]]:
 async def _run(
     database: Database, command: dict[str, Any], session: AsyncClientSession, authors: list[str]
 ) -> dict[str, Any]:
-    """Runs a write command as it is: pymongo's bulk API costs twice the time for the same bytes (bench/README.md)."""
+    """Runs a write command as it is: pymongo's bulk API costs twice the time for the same bytes (bench/README.md).
+
+    Raises EventFailedError for a document that MongoDB refuses.
+    """
     reply: dict[str, Any] = await database.command(command, session=session)
     if errors := reply.get("writeErrors"):
         first = errors[0]
+        if meaning_of_code(first.get("code")) in _NO_FAULT:
+            raise WriteError(str(first.get("errmsg")), first.get("code"), first)
         reason = f"MongoDB refused the document: {first.get('errmsg', first.get('code'))}"
         raise EventFailedError(unstorable(authors[first["index"]], reason))
     return reply

@@ -18,8 +18,11 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import pymongo
+import structlog
+from pymongo.errors import OperationFailure
 
 from eventstore import tasks, tracing
+from eventstore.errors import Meaning, classify
 from projector.aside import Aside
 from projector.changes import EventFailedError, give_way
 from projector.owned import OwnedFolder
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Loop"]
 
+_log = structlog.get_logger(__name__)
+
 PENDING_BYTES: Final = 32 * 2**20
 """Documents that may wait for the writer, as they were when they were read: what is written together is in memory twice."""
 
@@ -61,6 +66,15 @@ COMMAND_SECONDS: Final = 2.0
 
 WRITE_SECONDS: Final = 60.0
 """How long one transaction may take, with all its repetitions; MongoDB ends one after 60 s itself."""
+
+
+VAIN_SECONDS: Final = 5.0
+"""How long a transaction is run again before it is divided: MongoDB may tell a full cache as a conflict, which ends with others'
+writes; this one ends with a smaller write."""
+
+
+class _VainError(Exception):
+    """The transaction has been run again and again, and could be two smaller ones."""
 
 
 class _VoidError(Exception):
@@ -300,7 +314,7 @@ class Loop:
             self._room.set()
 
     async def flush(self) -> None:
-        """Writes what has come together, by one transaction; aggregates that stand in its way are set aside first."""
+        """Writes what has come together; aggregates that stand in its way are set aside first."""
         async with self.between_writes():
             position, newest = self.position, self._newest
             self._in_doubt = True
@@ -313,12 +327,7 @@ class Loop:
             links, self._links = self._links, {}
             started = time.perf_counter()
             with tracing.span(f"project {self.name}", links.values(), events=changes.events):
-                while True:
-                    try:
-                        await self._transaction(changes, parked, position)
-                        break
-                    except EventFailedError as error:
-                        changes = self.aside.refuse(error.failure, changes, parked)
+                await self._write(changes, parked, position)
             self._in_doubt = False
             self.metrics.write_seconds.labels(self.name).observe(time.perf_counter() - started)
             self.metrics.write_events.labels(self.name).observe(changes.events)
@@ -329,18 +338,45 @@ class Loop:
                 self.metrics.last_applied.labels(self.name).set(newest)
                 self.metrics.delay_seconds.labels(self.name).observe(max(0.0, time.time() - newest))
 
-    async def _transaction(self, changes: Changes, parked: ParkedWrites, position: Position) -> None:
+    async def _write(self, changes: Changes, parked: ParkedWrites, position: Position) -> None:
+        """By one transaction, or by several where MongoDB's cache has no room for one: the last moves the position, and has the
+        records of aggregates aside, which must not come before what was folded of these.
+        """
+        parts = [changes]
+        while parts:
+            part = parts.pop()
+            try:
+                if parts:
+                    await self._transaction(part, None, self.checkpoint.position)
+                else:
+                    await self._transaction(part, parked, position)
+            except EventFailedError as error:
+                refused = self.aside.refuse(error.failure, part, parked)
+                parts = [*(other.without(error.failure.aggregate_id) for other in parts), refused]
+            except (_VainError, OperationFailure) as error:
+                crowded = isinstance(error, _VainError) or classify(error) is Meaning.OVERFLOW
+                if not (crowded and part.divisible):
+                    raise
+                _log.info("transaction_split", projection=self.name, partition=str(self.partition), events=part.events)
+                parts += reversed(part.halves())
+
+    async def _transaction(self, changes: Changes, parked: ParkedWrites | None, position: Position) -> None:
         runs = 0
+        started = time.monotonic()
 
         async def write(session: AsyncClientSession) -> None:
             nonlocal runs
             runs += 1
+            if runs > 1 and changes.divisible and time.monotonic() - started > VAIN_SECONDS:
+                raise _VainError
             await self.checkpoint.move(position, session)
             await changes.write(session)
-            await parked.write(session)
+            if parked is not None:
+                await parked.write(session)
 
         with pymongo.timeout(WRITE_SECONDS):
             await self.checkpoint.session.with_transaction(write)
-        parked.done()
+        if parked is not None:
+            parked.done()
         if runs > 1:
             self.metrics.conflicts.labels(self.name).inc(runs - 1)

@@ -87,6 +87,23 @@ class OwnedChanges(Changes):
         aggregates = {key: mark for key, mark in self._aggregates.items() if key != aggregate_id}
         return OwnedChanges(self._database, self._build, new, aggregates, self.events)
 
+    @property
+    def divisible(self) -> bool:
+        return len(self._aggregates) > 1
+
+    def halves(self) -> tuple[Changes, Changes]:
+        names = list(self._aggregates)
+        half = len(names) // 2
+
+        def part(kept: list[str], others: list[str], events: int) -> OwnedChanges:
+            writes = _without(self._writes, set(others))
+            return OwnedChanges(
+                self._database, self._build, writes, {key: self._aggregates[key] for key in kept}, events
+            )
+
+        first, second, events = names[:half], names[half:], self.events // 2
+        return part(first, second, events), part(second, first, self.events - events)
+
 
 def _without(old: DocumentWrites, aggregate_ids: AbstractSet[str]) -> DocumentWrites:
     """The writes without those of some aggregates."""

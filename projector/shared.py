@@ -134,6 +134,24 @@ class _SharedChanges(Changes):
         marks = {aggregate: mark for aggregate, mark in self._marks.items() if aggregate != aggregate_id}
         return _SharedChanges(self._database, self._build, accepted, marks, self._typical)
 
+    @property
+    def divisible(self) -> bool:
+        return len(self._accepted) > 1
+
+    def halves(self) -> tuple[Changes, Changes]:
+        half = len(self._accepted) // 2
+        reached = {item.event["aggregateId"]: int(item.event["sequenceNo"]) for item in self._accepted[:half]}
+        before = {aggregate: (self._marks[aggregate][0], mark) for aggregate, mark in reached.items()}
+        after = {
+            aggregate: (reached.get(aggregate, known), mark)
+            for aggregate, (known, mark) in self._marks.items()
+            if reached.get(aggregate, known) < mark
+        }
+        return (
+            _SharedChanges(self._database, self._build, self._accepted[:half], before, self._typical),
+            _SharedChanges(self._database, self._build, self._accepted[half:], after, self._typical),
+        )
+
 
 def _add(writes: DocumentWrites, key: Any, state: State | None, event: Event, *, stored: bool) -> None:
     """Adds the write of one document; `event` is the last one that went into it."""

@@ -61,6 +61,7 @@ MEANINGS: Final[dict[str, str]] = {
     "tokens_replaced": "The bearer tokens were read again.",
     "tracing_started": "Traces are recorded.",
     "tracing_unavailable": "Traces are wished for, but the extra `tracing` is not installed.",
+    "transaction_split": "MongoDB's cache had no room for a transaction of `events` events: it is written in two.",
     "waiting_for_event_store": "MongoDB, or the log in it, is not there yet. Once per reason.",
     "write_refused": "MongoDB refused an event, by the validator of the collection for one.",
 }

@@ -63,7 +63,7 @@ class _Model:
     st.lists(
         st.one_of(
             st.tuples(st.sampled_from(NAMES), st.sampled_from(["counted", "counted", "closed", "spoilt"])),
-            st.sampled_from(["prepare", "take"]),
+            st.sampled_from(["prepare", "take", "take in parts"]),
         ),
         max_size=40,
     )
@@ -75,18 +75,28 @@ def test_what_is_taken_is_what_was_folded_however_often_it_was_prepared(steps: l
     expected: dict[str, int | None] = dict.fromkeys(NAMES)
     heads = dict.fromkeys(NAMES, 0)
 
-    def take() -> None:
+    def take(*, whole: bool) -> None:
         changes, failures = folder.take()
-        assert isinstance(changes, OwnedChanges)
-        model.apply(changes)
+        parts = [changes]
+        while parts:
+            part = parts.pop()
+            assert isinstance(part, OwnedChanges)
+            if whole or not part.divisible:
+                model.apply(part)
+            else:
+                first, second = part.halves()
+                assert first.aggregates | second.aggregates == part.aggregates
+                assert not first.aggregates.keys() & second.aggregates.keys()
+                assert first.events + second.events == part.events
+                parts += [second, first]
         failed.update(_names(failures))
 
     spoilt: set[str] = set()
     for step in [*steps, "take"]:
         if step == "prepare":
             folder.prepare()
-        elif step == "take":
-            take()
+        elif isinstance(step, str):
+            take(whole=step == "take")
         else:
             name, kind = step
             if name in spoilt:
