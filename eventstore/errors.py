@@ -40,7 +40,7 @@ from pymongo.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["TABLE", "Meaning", "Row", "classify", "duplicate_index", "meaning_of_code"]
+__all__ = ["PASSING", "TABLE", "Meaning", "Row", "classify", "duplicate_index", "meaning_of_code"]
 
 
 class Meaning(enum.Enum):
@@ -58,6 +58,10 @@ class Meaning(enum.Enum):
     DENIED = "denied"
     INDEX_CONFLICT = "index_conflict"
     UNEXPECTED = "unexpected"
+
+
+PASSING: Final = frozenset({Meaning.AGAIN, Meaning.UNKNOWN, Meaning.UNAVAILABLE, Meaning.OVERFLOW})
+"""They come from the state of the server or of the way to it, not from what was asked, even if they are told of a document."""
 
 
 class Row(NamedTuple):

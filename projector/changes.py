@@ -17,7 +17,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.errors import WriteError
 
 from eventstore.client import CODEC
-from eventstore.errors import Meaning, meaning_of_code
+from eventstore.errors import PASSING, meaning_of_code
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -65,9 +65,6 @@ of its own. It costs a slow projection a tenth, and one of common speed nothing.
 
 FIRST_GUESS_SECONDS: Final = 1e-4
 """A typical fold, before one was seen: slow for a declared one, by which only the first batch of a partition is cut up."""
-
-_NO_FAULT: Final = frozenset({Meaning.AGAIN, Meaning.UNKNOWN, Meaning.UNAVAILABLE, Meaning.OVERFLOW})
-"""Errors that come from the server's state, even if it tells them of a document."""
 
 COMMAND_BYTES: Final = 12 * 2**20
 """Documents of one command: below the 16 MiB that MongoDB allows for it, with room for keys and session."""
@@ -386,7 +383,7 @@ async def _run(
     reply: dict[str, Any] = await database.command(command, session=session)
     if errors := reply.get("writeErrors"):
         first = errors[0]
-        if meaning_of_code(first.get("code")) in _NO_FAULT:
+        if meaning_of_code(first.get("code")) in PASSING:
             raise WriteError(str(first.get("errmsg")), first.get("code"), first)
         reason = f"MongoDB refused the document: {first.get('errmsg', first.get('code'))}"
         raise EventFailedError(unstorable(authors[first["index"]], reason))

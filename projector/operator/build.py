@@ -17,7 +17,7 @@ import structlog
 from bson import json_util
 from pymongo.errors import OperationFailure, PyMongoError
 
-from eventstore.errors import Meaning, classify
+from eventstore.errors import PASSING, Meaning, classify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -41,9 +41,6 @@ _LAST_RETRY_SECONDS: Final = 3_600.0
 _GRACE_SECONDS: Final = 0.5
 """So long a handler waits for a build: on a small collection it is done at once, and the status need not say so twice."""
 _CANNOT_CONVERT: Final = 359
-
-_UNCERTAIN: Final = frozenset({Meaning.UNAVAILABLE, Meaning.UNKNOWN, Meaning.AGAIN})
-"""The connection ended, not the build: measuring tells what became of it."""
 
 
 class Target(NamedTuple):
@@ -191,8 +188,8 @@ async def _create_all(builder: Builder, target: Target, indexes: Sequence[Index]
         try:
             await _create(target, left)
         except OperationFailure as error:
-            if classify(error) in _UNCERTAIN:
-                return
+            if classify(error) in PASSING:
+                return  # the connection ended, not the build: measuring tells what became of it
             culprit = _culprit(left, error)
             if culprit is None:
                 for index in left:
@@ -241,13 +238,13 @@ async def _convert(builder: Builder, target: Target, index: Index) -> None:
         try:
             await modify(unique=True)
         except OperationFailure as error:
-            if classify(error) not in _UNCERTAIN:
+            if classify(error) not in PASSING:
                 await modify(prepareUnique=False)
                 await _record(builder, target, index, error)
         else:
             builder.succeeded(target, index)
     except OperationFailure as error:
-        if classify(error) not in _UNCERTAIN:
+        if classify(error) not in PASSING:
             await _record(builder, target, index, error)
     except PyMongoError:
         return

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 from pymongo.errors import ConfigurationError, InvalidName, OperationFailure, PyMongoError
 
-from eventstore.errors import Meaning, classify
+from eventstore.errors import PASSING, Meaning, classify
 from eventstore.logs import redact
 from projector.operator.conditions import State, Verdict, conditions_of
 from projector.operator.kubernetes import SecretUnreadableError
@@ -40,7 +40,6 @@ __all__ = ["BadResourceError", "Context", "Outcome", "Resource", "brief", "run_p
 
 _log: Final = structlog.stdlib.get_logger(__name__)
 
-_AWAY: Final = frozenset({Meaning.UNAVAILABLE, Meaning.UNKNOWN, Meaning.AGAIN})
 _ERROR_LIMIT: Final = 200
 _PASS_SECONDS: Final = 120.0
 """A pass asks a handful of questions that each end within 30 s; this is the last resort against one that hangs."""
@@ -203,7 +202,7 @@ def verdict_of(error: Exception, resource: Resource) -> Verdict:
         case PyMongoError() if classify(error) is Meaning.DENIED:
             reply = error.details or {} if isinstance(error, OperationFailure) else {}
             state, reason, text = "False", "AccessDenied", brief(str(reply.get("errmsg", error)))
-        case PyMongoError() if classify(error) in _AWAY:
+        case PyMongoError() if classify(error) in PASSING:
             reason = "MongoUnavailable"
         case aiohttp.ClientError():
             reason = "KubernetesUnavailable"
