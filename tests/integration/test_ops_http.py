@@ -165,7 +165,7 @@ async def test_parked_aggregates_come_in_pages(serve: Any, database: Database) -
 async def test_waiting_is_bounded(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_WAITS", 2)
     client = await serve(http_host="127.0.0.1")
-    path = _route("wait") + "?aggregateId=a&sequenceNo=1&timeout=60"
+    path = _route("wait") + "?aggregateId=a&sequenceNo=1&timeout=2"
     waiting = {asyncio.create_task(_call(client, "GET", path)) for _ in range(5)}
     refused: list[int] = []
     while len(refused) < 3:
@@ -173,9 +173,7 @@ async def test_waiting_is_bounded(serve: Any, monkeypatch: pytest.MonkeyPatch) -
         assert done
         refused += [task.result()[0] for task in done]
     assert refused == [503] * 3
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    assert [(await task)[0] for task in waiting] == [504] * 2
 
 
 async def test_reading_ones_own_write_over_http(database: Database) -> None:
