@@ -31,6 +31,14 @@ def missing(what: str) -> NoReturn:
     pytest.skip(what)
 
 
+def need_mongod() -> None:
+    """For tests that start a mongod of their own: fails, or skips, where there is none."""
+    try:
+        find_mongod()
+    except MongodNotFoundError as error:
+        missing(str(error))
+
+
 def _docker_runs() -> bool:
     docker = shutil.which("docker")
     return (
@@ -51,10 +59,7 @@ def _mongodb() -> Iterator[str]:
             container.exec(["mongosh", "--quiet", "--eval", "rs.initiate()"])
             yield uri
     else:
-        try:
-            find_mongod()
-        except MongodNotFoundError as error:
-            missing(str(error))
+        need_mongod()
         with ReplicaSet() as replica_set:
             yield replica_set.uri
 

@@ -17,10 +17,10 @@ import pytest
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from eventstore.embedded import Member, MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.embedded import Member, ReplicaSet
 from eventstore.event import EVENTS
 from tests.appending import Api, Process, event, eventually
-from tests.conftest import missing
+from tests.conftest import need_mongod
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,10 +33,7 @@ NAME = "test_faults"
 
 @pytest.fixture(scope="module")
 def replica_set() -> Iterator[ReplicaSet]:
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     with ReplicaSet(members_count=3, cache_gib=0.25) as running:
         yield running
 

@@ -30,9 +30,9 @@ from pymongo.write_concern import WriteConcern
 from deploy.observability.expressions import Expression, of_dashboards, of_rules
 from deploy.observability.pictures import draw
 from eventstore.client import Client, connect
-from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod, free_port
+from eventstore.embedded import ReplicaSet, free_port
 from tests.acceptance.observed import Process, Prometheus, eventually, prometheus
-from tests.conftest import missing
+from tests.conftest import missing, need_mongod
 from tests.integration.operator.cluster import Api, Resources
 from tests.integration.operator.conftest import api, kubeconfig, resources
 
@@ -225,10 +225,7 @@ class Load:
 @pytest.fixture
 def mongod() -> Iterator[ReplicaSet]:
     """A mongod of the run's own, which can be told to fail, and with an oplog that is soon full."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     with ReplicaSet(
         oplog_mib=16, parameters={"enableTestCommands": "1"}, arguments=["--syncdelay", "1"]
     ) as replica_set:

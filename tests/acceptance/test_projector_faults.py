@@ -21,7 +21,7 @@ from pymongo.write_concern import WriteConcern
 
 from eventstore import tasks
 from eventstore.client import connect, open_database
-from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.embedded import ReplicaSet
 from eventstore.event import EVENTS
 from eventstore.indexes import provision
 from projector.behind import differences
@@ -31,7 +31,7 @@ from projector.checkpoint import CHECKPOINTS
 from projector.lease import LEASES
 from projector.metrics import Metrics
 from projector.projection import Projection
-from tests.conftest import missing
+from tests.conftest import need_mongod
 from tests.eventually import eventually, eventually_equal
 from tests.projecting import (
     Here,
@@ -270,10 +270,7 @@ async def test_sigterm_under_load_gives_back_at_once(mongodb_uri: str, database:
 
 async def fail_over(kinds: list[str], database_name: str) -> None:
     """Under load the primary is killed, told to step down, or cut off, as `kinds` says."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     metrics = Metrics()
     with ReplicaSet(members_count=3) as replica_set:
         async with connect(SecretStr(replica_set.uri), "test") as client:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from pymongo import MongoClient
 
-from eventstore.embedded import Member, MongodNotFoundError, find_mongod, free_port
+from eventstore.embedded import Member, free_port
 from tests.chart.rendering import CHART
-from tests.conftest import missing
+from tests.conftest import need_mongod
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def mongod(tmp_path: Path) -> Iterator[Member]:
     """A mongod of a replica set that nobody has initiated."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     port = free_port()
     member = Member(tmp_path / "data", port, ["--replSet", "rs0", "--bind_ip", "127.0.0.1", "--nounixsocket"])
     yield member

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 from pymongo import MongoClient
 
-from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.embedded import ReplicaSet
 from tests.appending import Api, event, eventually, local_appender
-from tests.conftest import missing
+from tests.conftest import need_mongod
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def replica_set() -> Iterator[ReplicaSet]:
     """A MongoDB that this test may freeze."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     with ReplicaSet() as running:
         yield running
 

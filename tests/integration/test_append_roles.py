@@ -15,12 +15,12 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from eventstore import indexes, log, orphans
 from eventstore.client import cause, connect, open_database, silence
-from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.embedded import ReplicaSet
 from eventstore.errors import Meaning, classify
 from eventstore.event import EVENTS
 from projector.operator.reference import PRIVILEGES
 from tests.appending import event, local_appender
-from tests.conftest import missing
+from tests.conftest import need_mongod
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,10 +37,7 @@ def documented_roles() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicaSet]:
     """A replica set with authentication and a user for each documented role."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     key = tmp_path_factory.mktemp("key") / "key"
     key.write_text(secrets.token_hex(100))
     key.chmod(0o600)

@@ -16,10 +16,10 @@ import aiohttp
 import pytest
 from pymongo import AsyncMongoClient
 
-from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.embedded import ReplicaSet
 from projector.catalog import STATUS
 from projector.operator import measure
-from tests.conftest import missing
+from tests.conftest import need_mongod
 from tests.integration.operator.cluster import condition, index_state, until
 from tests.integration.operator.test_operator import ON, report
 
@@ -39,10 +39,7 @@ PROJECTIONS = 200
 @pytest.fixture
 def server() -> Iterator[str]:
     """A MongoDB of the test's own, since its work would slow down the others'."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     with ReplicaSet(parameters={"enableTestCommands": "1"}) as replica_set:
         yield replica_set.uri
 

@@ -11,14 +11,14 @@ from bson.objectid import ObjectId
 from pydantic import SecretStr
 from pymongo import ASCENDING
 
-from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.embedded import ReplicaSet
 from projector.operator import measure, ownership
 from projector.operator.align import Alignment, Wishes, align, drop_ours
 from projector.operator.build import Builder, Target
 from projector.operator.indexes import Index
 from projector.operator.mongo import Mongo
 from projector.operator.ownership import Owner
-from tests.conftest import missing
+from tests.conftest import need_mongod
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -317,10 +317,7 @@ async def test_a_quiet_pass_reads_twice_and_writes_nothing(bench: Bench) -> None
 @pytest.fixture
 def failing_server() -> Iterator[str]:
     """A mongod that can be told to stop in the middle of something."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     with ReplicaSet(parameters={"enableTestCommands": "1"}) as replica_set:
         yield replica_set.uri
 

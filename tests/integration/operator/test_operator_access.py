@@ -11,9 +11,9 @@ import pytest
 import yaml
 from pymongo import AsyncMongoClient
 
-from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.embedded import ReplicaSet
 from projector.operator.reference import PRIVILEGES
-from tests.conftest import missing
+from tests.conftest import missing, need_mongod
 from tests.integration.operator.cluster import (
     BY_NAME,
     HOME,
@@ -35,10 +35,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def own_server() -> Any:
     """A MongoDB that a test may end."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     with ReplicaSet() as replica_set:
         yield replica_set
 
@@ -83,10 +80,7 @@ async def _has_event(resources: Resources, reason: str) -> bool:
 @pytest.fixture
 async def guarded(tmp_path: Path) -> AsyncIterator[str]:
     """Address of a MongoDB that asks for credentials, with users: root, `reader`, and `operator` with its documented role."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     key = tmp_path / "key"
     key.write_text("a" * 32)
     key.chmod(0o600)

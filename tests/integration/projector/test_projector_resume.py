@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from pymongo.write_concern import WriteConcern
 
 from eventstore.client import Client, Database, connect, open_database
-from eventstore.embedded import MongodNotFoundError, ReplicaSet, find_mongod
+from eventstore.embedded import ReplicaSet
 from eventstore.event import EVENTS, slot_of
 from eventstore.indexes import provision
 from projector import loop as loop_module
@@ -22,7 +22,7 @@ from projector.partition import Partition
 from projector.position import Position
 from projector.status import oplog_start
 from projector.stream import EventStream, position_now
-from tests.conftest import missing
+from tests.conftest import need_mongod
 from tests.eventually import eventually, eventually_equal
 from tests.projecting import (
     KINDS,
@@ -49,10 +49,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def small_oplog() -> Iterator[ReplicaSet]:
     """A server whose oplog rolls, and that fails commands when told to."""
-    try:
-        find_mongod()
-    except MongodNotFoundError as error:
-        missing(str(error))
+    need_mongod()
     with ReplicaSet(oplog_mib=1, parameters={"enableTestCommands": "1"}, arguments=["--syncdelay", "1"]) as replica_set:
         yield replica_set
 
