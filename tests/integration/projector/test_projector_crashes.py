@@ -102,21 +102,22 @@ async def test_the_next_owner_need_not_wait_for_what_a_killed_one_left_open(
 ) -> None:
     """A transaction that nobody will end holds the checkpoint for a minute, unless somebody ends it."""
     build = await begun(database, ledger())
-    async with connect(SecretStr(mongodb_uri), "projector") as doomed:
-        other = open_database(doomed, database.name)
-        killed = await Checkpoint.take(other, only(build), "killed")
-        await killed.session.start_transaction()
-        await killed.move(killed.position, killed.session)
+
+    async def killed(owner: str) -> int:
+        """Leaves a transaction open; returns the epoch of its owner."""
+        async with connect(SecretStr(mongodb_uri), "projector") as doomed:
+            left = await Checkpoint.take(open_database(doomed, database.name), only(build), owner)
+            await left.session.start_transaction()
+            await left.move(left.position, left.session)
+            return left.epoch
+
+    epoch = await killed("killed")
     async with asyncio.timeout(20):
         taken = await Checkpoint.take(database, only(build), "next")
-    assert taken.epoch == killed.epoch + 1
+    assert taken.epoch == epoch + 1
     await taken.close()
 
-    async with connect(SecretStr(mongodb_uri), "projector") as doomed:
-        other = open_database(doomed, database.name)
-        killed = await Checkpoint.take(other, only(build), "killed again")
-        await killed.session.start_transaction()
-        await killed.move(killed.position, killed.session)
+    await killed("killed again")
     async with asyncio.timeout(20):
         assert await ensure_layout(database, build.id, 2)
 
